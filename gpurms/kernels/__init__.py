@@ -1,0 +1,1 @@
+"""Loops over arrays: the update rule of RMSprop and everything around it that touches elements."""

@@ -1,0 +1,325 @@
+"""NumPy arrays: variables cut into blocks, blocks put on threads, each block handed to an engine.
+
+The engine is Numba where it is installed, else NumPy; ``GPURMS_ENGINE=auto|numpy|numba`` forces one. Both give the same
+bits. Arrays that are contiguous and of the compute type go to the engine as they are; the rest pass block by block
+through buffers of the compute type.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from gpurms.kernels import numpy as numpy_engine
+from gpurms.kernels import pool
+from gpurms.kernels.numpy import BLOCK, Array
+from gpurms.kernels.rule import FLOAT32, FLOAT64, Rule, Update
+
+SMALL = 1 << 15
+"""Variables up to this size stay on the calling thread: their kernel is shorter than a change of threads."""
+CHUNK = 1 << 19
+"""Elements of one unit of work: some 0.2 ms at memory speed, so that a slow core does not hold up the rest."""
+SUM_CHUNK = 1 << 16
+"""Elements of one partial sum of squares. Part of the contract of equal bits, unlike the sizes above."""
+
+ENGINES = ("auto", "numpy", "numba")
+
+
+class Engine(Protocol):
+    """What ``numpy.py`` and ``numba.py`` provide. ``rows`` is None where sums and update are separate passes."""
+
+    dense: Callable[[Rule], Callable[..., None]]
+    row_sums: Callable[[Rule], Callable[..., None]]
+    rows: Callable[[Rule], Callable[..., None]] | None
+    sort_rows: Callable[[Array], tuple[Array, Array, Array]]
+    square_sum: Callable[[Array], np.float64]
+
+
+_chosen: Engine | None = None
+_choosing = threading.RLock()
+
+
+def engine() -> Engine:
+    """The engine in use, chosen at the first call."""
+    global _chosen
+    if _chosen is None:
+        with _choosing:
+            _chosen = _load(os.environ.get("GPURMS_ENGINE") or "auto")
+    return _chosen
+
+
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Run a block with the engine ``name``, for tests and benchmarks. Not for use by several threads at once."""
+    global _chosen
+    before, _chosen = _chosen, _load(name)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def engine_report() -> list[tuple[str, bool, str]]:
+    """Rows (engine, usable, detail) in order of preference."""
+    asked = os.environ.get("GPURMS_ENGINE") or "auto"
+    rows = []
+    for name, found in (("numba", _numba_problem()), ("numpy", "")):
+        if asked not in ("auto", name):
+            found = f"GPURMS_ENGINE={asked}"
+        rows.append((name, not found, found or f"{pool.n_threads()} threads"))
+    return rows
+
+
+def _load(name: str) -> Engine:
+    if name not in ENGINES:
+        raise ValueError(f"GPURMS_ENGINE must be one of {', '.join(ENGINES)}; got {name!r}")
+    problem = _numba_problem() if name != "numpy" else ""
+    if name == "numba" and problem:
+        raise RuntimeError(f"the numba engine was asked for but cannot run: {problem}")
+    if name == "numpy" or problem:
+        return cast(Engine, numpy_engine)
+    from gpurms.kernels import numba as numba_engine
+
+    return cast(Engine, numba_engine)
+
+
+def _numba_problem() -> str:
+    """Why the Numba engine cannot run, or an empty string."""
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed: pip install 'gpurms[cpu]'"
+    try:
+        from gpurms.kernels import numba  # noqa: F401
+    except ImportError as error:  # Numba refuses NumPy versions newer than itself in this way
+        return f"Numba does not import: {error}"
+    return ""
+
+
+def plan(updates: Sequence[Update]) -> Callable[[], None]:
+    """Compile, sort and allocate all that the updates need; the function returned applies them, in place.
+
+    Each variable may occur once. What can fail fails here, before anything has changed.
+    """
+    dense = [update for update in updates if update.indices is None]
+    plans = [_plan_rows(update) for update in updates if update.indices is not None]
+    if dense:
+        plans.append(_plan_dense(dense))
+
+    def apply() -> None:
+        for planned in plans:
+            planned()
+
+    return apply
+
+
+Unit = Callable[[], None]
+
+
+def _call(unit: Unit) -> None:
+    unit()
+
+
+def _plan_dense(updates: Sequence[Update]) -> Callable[[], None]:
+    make = engine().dense
+    kernels: dict[int, Callable[..., None]] = {}
+    inline: list[Unit] = []
+    threaded: list[Unit] = []
+    for update in updates:
+        rule = update.rule
+        kernel = kernels.get(id(rule))
+        if kernel is None:
+            kernel = kernels[id(rule)] = make(rule)
+        compute = rule.scalars.dtype
+        factor = update.factor if update.factor is not None else compute.type(1)
+        n = update.var.size
+        arrays = _flat(update, compute)
+        if arrays is None:
+            for lo in range(0, n, CHUNK):
+                unit = partial(_strided, kernel, update, lo, min(lo + CHUNK, n), factor)
+                (inline if n <= SMALL else threaded).append(unit)
+        elif n <= SMALL:
+            inline.append(partial(kernel, *arrays, factor))
+        else:
+            for lo in range(0, n, CHUNK):
+                threaded.append(partial(kernel, *(a[lo : lo + CHUNK] for a in arrays), factor))
+
+    def apply() -> None:
+        for unit in inline:
+            unit()
+        pool.run(_call, threaded)
+
+    return apply
+
+
+_ABSENT: dict[np.dtype[Any], Array] = {FLOAT32: np.empty(0, FLOAT32), FLOAT64: np.empty(0, FLOAT64)}
+
+
+def _flat(update: Update, compute: np.dtype[Any]) -> list[Array] | None:
+    """The update's arrays as 1-D views, or None if one of them is strided, unaligned or of another type."""
+    views: list[Array] = []
+    for array in (update.var, update.grad, update.rms, update.mom, update.mg):
+        if array is None:
+            views.append(_ABSENT[compute])
+            continue
+        flags = array.flags
+        if array.dtype != compute or not flags.c_contiguous or not flags.aligned:
+            return None
+        views.append(array.reshape(-1))
+    return views
+
+
+def _strided(kernel: Callable[..., None], update: Update, lo: int, hi: int, factor: Any) -> None:
+    """Elements lo to hi, in memory order of the variable, through buffers of the compute type."""
+    compute = update.rule.compute
+    arrays = [a for a in (update.var, update.grad, update.rms, update.mom, update.mg) if a is not None]
+    access: Any = [["readonly" if a is update.grad else "readwrite", "contig", "aligned"] for a in arrays]
+    with (
+        np.errstate(all="ignore"),
+        np.nditer(
+            arrays,
+            flags=["external_loop", "buffered", "ranged", "delay_bufalloc"],
+            op_flags=access,
+            op_dtypes=[_buffer_dtype(a, compute) for a in arrays],
+            casting="unsafe",
+            buffersize=BLOCK,
+        ) as blocks,
+    ):
+        blocks.iterrange = (lo, hi)  # type: ignore[misc]  # settable, whatever NumPy's stubs say
+        blocks.reset()
+        for buffers in blocks:
+            views = [buffer.astype(compute, copy=False) for buffer in buffers]
+            var, grad, rms, *rest = views
+            mom = rest.pop(0) if update.mom is not None else _ABSENT[compute]
+            mg = rest.pop(0) if update.mg is not None else _ABSENT[compute]
+            kernel(var, grad, rms, mom, mg, factor)
+            for buffer, view in zip(buffers, views):
+                if buffer is not view and view is not grad:
+                    buffer[...] = round_to_odd(view)
+
+
+def _buffer_dtype(array: Array, compute: np.dtype[Any]) -> np.dtype[Any]:
+    """The compute type, except for bfloat16 slots of float64 variables: their conversion goes through float32."""
+    return FLOAT32 if compute == FLOAT64 and array.dtype.name == "bfloat16" else compute
+
+
+def round_to_odd(x: Array) -> Array:
+    """float64 -> float32 such that rounding the result to bfloat16 rounds x once, to nearest even.
+
+    ml_dtypes rounds float64 to float32 first, and two roundings to nearest are not one. Inexact results get an odd last
+    bit here, so the second rounding never meets a tie that was not one.
+    """
+    near = x.astype(np.float32)
+    inexact = near.astype(np.float64) != x
+    away = np.abs(near.astype(np.float64)) > np.abs(x)
+    bits = near.view(np.uint32)
+    odd = ((bits - away.astype(np.uint32)) | inexact.astype(np.uint32)).view(np.float32)
+    return np.where(np.isnan(x), near, odd)
+
+
+def _plan_rows(update: Update) -> Callable[[], None]:
+    if update.indices.size == 0 or update.var.size == 0:
+        return lambda: None
+    rule, chosen = update.rule, engine()
+    compute = rule.compute
+    factor = update.factor if update.factor is not None else compute.type(1)
+    order, rows, starts = chosen.sort_rows(update.indices)
+    row_size = update.var.size // update.var.shape[0]
+    values = update.grad.reshape(order.size, row_size)
+    ranges = _row_ranges(starts, row_size)
+    tables = _flat_tables(update, row_size)
+    if chosen.rows is not None:
+        values = np.ascontiguousarray(values, dtype=compute)
+        if not values.flags.aligned:
+            values = values.copy()
+        if tables is not None:
+            kernel = chosen.rows(rule)
+
+            def fused(span: slice) -> None:
+                ends = slice(span.start, span.stop + 1)
+                var, rms, mom, mg = tables
+                kernel(var, values, rms, mom, mg, order, rows[span], starts[ends], factor)
+
+            return lambda: pool.run(fused, ranges)
+
+    sums = np.empty((rows.size, row_size), compute)
+    add = chosen.row_sums(rule)
+
+    def sum_range(span: slice) -> None:
+        first = starts[span.start]
+        ends = starts[span.start : span.stop + 1]
+        add(values, order[first : ends[-1]], ends - first, factor, sums[span])
+
+    pool.run(sum_range, ranges)
+    flags = rule.flags._replace(clip_value=False, clip_norm=False)  # the sums are of clipped values
+    dense = chosen.dense(rule._replace(flags=flags))
+    return lambda: pool.run(lambda span: _update_rows(dense, update, rows[span], sums[span]), ranges)
+
+
+def _row_ranges(starts: Array, row_size: int) -> list[slice]:
+    """Ranges of rows with about one chunk of values each; one range where threads would not pay."""
+    n_rows, n_values = starts.size - 1, int(starts[-1])
+    n_units = max(1, min(n_rows, 4 * pool.n_threads(), n_values * row_size // SMALL))
+    cuts = np.searchsorted(starts, np.linspace(0, n_values, n_units + 1))
+    cuts[-1] = n_rows
+    return [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts) if lo < hi]
+
+
+def _flat_tables(update: Update, row_size: int) -> list[Array] | None:
+    """Variable and slots as contiguous (rows, row_size) views of the compute type, or None."""
+    compute = update.rule.compute
+    views: list[Array] = []
+    for array in (update.var, update.rms, update.mom, update.mg):
+        if array is None:
+            views.append(_ABSENT[compute].reshape(0, 0))
+        elif array.dtype != compute or not array.flags.c_contiguous or not array.flags.aligned:
+            return None
+        else:
+            views.append(array.reshape(-1, row_size))
+    return views
+
+
+def _update_rows(dense: Callable[..., None], update: Update, rows: Array, sums: Array) -> None:
+    """The rule on gathered rows, scattered back: for tables of any layout and type."""
+    compute = update.rule.compute
+    n = max(1, BLOCK // sums.shape[1])
+    with np.errstate(all="ignore"):
+        for lo in range(0, rows.size, n):
+            at = rows[lo : lo + n]
+            tables = [update.var, update.rms, update.mom, update.mg]
+            blocks: list[Array] = [_ABSENT[compute] if t is None else t[at].astype(compute).reshape(-1) for t in tables]
+            var, rms, mom, mg = blocks
+            dense(var, sums[lo : lo + n].reshape(-1), rms, mom, mg, compute.type(1))
+            for table, block in zip(tables, blocks):
+                if table is not None:
+                    if _buffer_dtype(table, compute) != compute:
+                        block = round_to_odd(block)
+                    table[at] = block.reshape(at.shape + table.shape[1:])
+
+
+def square_sum(grad: Array, compute: np.dtype[Any], clipvalue: float | None) -> np.float64:
+    """Sum of squares of a gradient, each element first limited to [-clipvalue, clipvalue], in float64.
+
+    Elements in C order, in chunks of 65,536, each summed by the engine, their sums by ``fold``: the same bits on every
+    engine and for every memory layout.
+    """
+    add = engine().square_sum
+    flat = grad.reshape(-1) if grad.flags.c_contiguous else grad.flat
+    starts = range(0, grad.size, SUM_CHUNK)
+    sums = np.zeros(len(starts))
+
+    def sum_chunk(i: int) -> None:
+        with np.errstate(all="ignore"):
+            chunk = np.require(flat[starts[i] : starts[i] + SUM_CHUNK], compute, ["C", "A"])
+            if clipvalue is not None:
+                chunk = numpy_engine.clamp(chunk, compute.type(clipvalue), np.empty_like(chunk))
+            sums[i] = add(chunk)
+
+    pool.run(sum_chunk, range(len(starts)))
+    return numpy_engine.fold(sums)

@@ -1,0 +1,102 @@
+"""What one call asks of the kernels: the terms of the update that are on, its scalars, and its arrays.
+
+Every engine (NumPy, Numba, CUDA) takes the same three things, so nothing about an option is decided twice:
+``Flags`` are compile-time constants of a kernel, ``Rule.scalars`` is the one struct of numbers handed to it,
+``Update`` names the arrays of one variable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SCALARS = ("lr", "one_minus_rho", "momentum", "epsilon", "weight_decay", "lr_weight_decay", "clipvalue")
+"""The order of ``Rule.scalars``, the same in every engine."""
+
+
+class Flags(NamedTuple):
+    """Which terms of the update are on. Hashable: one compiled kernel per value."""
+
+    clip_value: bool = False
+    clip_norm: bool = False
+    maximize: bool = False
+    l2: bool = False
+    decoupled: bool = False
+    centered: bool = False
+    has_momentum: bool = False
+    nesterov: bool = False
+    eps_in_sqrt: bool = True
+    lr_in_momentum: bool = True
+
+
+class Rule(NamedTuple):
+    """The update of one step in one compute type: ``flags`` and ``scalars``, shape (7,), rounded to that type."""
+
+    flags: Flags
+    scalars: np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+    @property
+    def compute(self) -> np.dtype[np.floating[Any]]:
+        """The type in which the rule is evaluated: float32 or float64."""
+        return self.scalars.dtype
+
+
+@dataclass(frozen=True)
+class Step:
+    """The options and float64 hyperparameters of one ``apply_gradients``; makes its rules."""
+
+    lr: float
+    rho: float
+    momentum: float
+    epsilon: float
+    weight_decay: float
+    clipvalue: float | None
+    flags: Flags
+
+    def rule(self, compute: np.dtype[Any], has_momentum: bool) -> Rule:
+        """The rule for variables of one compute type, with or without a momentum slot.
+
+        ``1 - rho`` and ``lr*weight_decay`` are formed in float64 and rounded once, like every other scalar.
+        """
+        scalars = {
+            "lr": self.lr,
+            "one_minus_rho": 1.0 - self.rho,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "weight_decay": self.weight_decay,
+            "lr_weight_decay": self.lr * self.weight_decay,
+            "clipvalue": 0.0 if self.clipvalue is None else self.clipvalue,
+        }
+        with np.errstate(over="ignore", under="ignore"):
+            rounded = np.array([scalars[name] for name in SCALARS]).astype(compute)
+        flags = self.flags._replace(has_momentum=has_momentum, nesterov=self.flags.nesterov and has_momentum)
+        return Rule(flags, rounded)
+
+
+@dataclass(slots=True)
+class Update:
+    """One variable's share of a call. All arrays belong to one library; a slot the rule does not use is None.
+
+    Dense: ``grad`` has the variable's shape and ``indices`` is None. Sparse: ``grad`` holds the values, of shape
+    ``indices.shape + var.shape[1:]``. ``factor`` is the clip factor, a scalar of the compute type, or None.
+    """
+
+    rule: Rule
+    var: Any
+    grad: Any
+    rms: Any
+    mom: Any
+    mg: Any
+    indices: Any = None
+    factor: Any = None
+
+
+def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """float64 for float64 variables, float32 for float32 and the 16-bit types."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)

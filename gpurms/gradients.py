@@ -1,0 +1,135 @@
+"""One call of ``apply_gradients`` before anything changes: pairs read, variables found, gradients checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from gpurms import aliasing, backend
+from gpurms.slots import Entry, Slots, array_of, label
+from gpurms.variable import Array, IndexedSlices, Variable
+
+
+class Pair(NamedTuple):
+    """A variable and its checked gradient: ``grad`` dense, or the values of the rows ``indices``."""
+
+    entry: Entry
+    grad: Array
+    indices: Array | None
+
+
+def read_pairs(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The (gradient, variable) pairs of any iterable, consumed once."""
+    try:
+        items = list(grads_and_vars)
+    except TypeError as error:
+        if hasattr(grads_and_vars, "__iter__"):
+            raise
+        raise TypeError(
+            f"grads_and_vars must be an iterable of (gradient, variable) pairs; got {grads_and_vars!r}"
+        ) from error
+    for position, item in enumerate(items):
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise TypeError(f"grads_and_vars[{position}] must be a (gradient, variable) pair; got {item!r:.200}")
+    return items
+
+
+def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
+    """Find or make the entries and check the gradients; pairs without a gradient are left out, with a warning.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: see ``RMSprop.apply_gradients``.
+    """
+    made: dict[Any, Entry] = {}
+    pairs: list[Pair] = []
+    missing: list[str] = []
+    for position, (grad, variable) in enumerate(items):
+        entry = slots.find(variable)
+        if entry is None:
+            entry = Entry(variable, label(variable, position))
+            entry = made.setdefault(entry.key, entry)
+        if not entry.backend.writeable(entry.array):
+            raise TypeError(f"{label(variable, position)}: expected a writeable array; got a read-only one")
+        if grad is None:
+            missing.append(label(variable, position))
+        elif isinstance(grad, IndexedSlices):
+            pairs.append(_sparse(entry, variable, grad, position))
+        else:
+            pairs.append(_dense(entry, variable, grad, position))
+    if missing and not pairs:
+        raise ValueError(f"No gradients provided for any variable: [{', '.join(missing)}]")
+    if missing:
+        warnings.warn(
+            f"Gradients do not exist for variables [{', '.join(missing)}]; they are left as they are",
+            UserWarning,
+            stacklevel=3,
+        )
+    return _detach(pairs)
+
+
+def _dense(entry: Entry, variable: Any, grad: Any, position: int) -> Pair:
+    if type(grad) is not type(entry.view) or grad.dtype not in entry.accepts:
+        grad = _same_library(entry, variable, grad, position, "gradient")
+    if grad.shape != entry.shape:
+        raise ValueError(
+            f"{label(variable, position)}: expected a gradient of its shape {entry.shape}; got shape {grad.shape}"
+        )
+    return Pair(entry, grad, None)
+
+
+def _same_library(entry: Entry, variable: Any, grad: Any, position: int, what: str) -> Array:
+    """The gradient as a plain array of the variable's library, of a type the variable takes."""
+    where = label(variable, position)
+    array = array_of(grad)
+    home = backend.of(array)
+    if home is None:
+        array = entry.backend.scalar(array)
+        if array is None:
+            kind = type(grad).__qualname__
+            raise TypeError(f"{where}: expected its {what} as a {entry.backend.name} array; got {kind}")
+    elif home is not entry.backend:
+        raise TypeError(
+            f"{where} is a {entry.backend.name} array, but its {what} a {home.name} array: transfer one of them"
+        )
+    array = entry.backend.view(array)
+    if array.dtype not in entry.accepts:
+        names = " or ".join(sorted(str(dtype) for dtype in entry.accepts))
+        raise TypeError(f"{where}: expected a {what} of {names}; got {array.dtype}")
+    return array
+
+
+def _sparse(entry: Entry, variable: Any, grad: IndexedSlices, position: int) -> Pair:
+    where = label(variable, position)
+    if isinstance(variable, Variable) and variable.constraint is not None:
+        raise RuntimeError(f"{where}: a constraint cannot be used with a sparse gradient")
+    if not entry.shape:
+        raise ValueError(f"{where} is 0-d and has no rows: expected a dense gradient; got {grad!r}")
+    values = _same_library(entry, variable, grad.values, position, "gradient's values")
+    indices = array_of(grad.indices)
+    if backend.of(indices) is not entry.backend or indices.dtype.name not in ("int32", "int64"):
+        got = getattr(indices, "dtype", type(indices).__name__)
+        raise TypeError(f"{where}: expected indices as a {entry.backend.name} array of int32 or int64; got {got}")
+    indices = entry.backend.view(indices)
+    if indices.ndim != 1:
+        raise ValueError(f"{where}: expected 1-D indices; got shape {indices.shape}")
+    expected = indices.shape + entry.shape[1:]
+    if values.shape != expected:
+        raise ValueError(f"{where}: expected gradient values of shape {expected}; got {values.shape}")
+    if grad.dense_shape is not None and tuple(grad.dense_shape) != entry.shape:
+        raise ValueError(f"{where}: expected dense_shape {entry.shape}; got {tuple(grad.dense_shape)}")
+    outside = entry.backend.out_of_range(indices, entry.shape[0])
+    if outside is not None:
+        raise IndexError(f"{where}: index {int(indices[outside])} at offset {outside} is outside [0, {entry.shape[0]})")
+    return Pair(entry, values, indices)
+
+
+def _detach(pairs: list[Pair]) -> list[Pair]:
+    entries = [pair.entry for pair in pairs]
+    owners = {id(entry.owner) for entry in entries}
+    return [
+        pair
+        if pair.grad.base is None and id(pair.grad) not in owners
+        else pair._replace(grad=aliasing.detached(pair.grad, pair.entry, entries, owners))
+        for pair in pairs
+    ]

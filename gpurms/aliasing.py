@@ -14,21 +14,19 @@ from gpurms.slots import Entry, memory_owner
 from gpurms.variable import Array
 
 
-def detached(grad: Array, entry: Entry, entries: Sequence[Entry], owners: set[int]) -> Array:
-    """The gradient of ``entry``, copied if the call would change it before it is used up.
+def detached(grad: Array, entry: Entry, dense: bool, entries: Sequence[Entry]) -> Array:
+    """The gradient of ``entry``, copied if the updates of ``entries`` would change it before it is used up.
 
-    ``owners`` are the ids of the memory owners of ``entries``, all variables of the call. A gradient that is its own
-    variable's array is safe: each element is read before it is written.
+    A dense gradient that is the array of its own variable, once in the call, is safe: each element is read before it
+    is written.
     """
-    if grad.base is None and id(grad) not in owners:
-        return grad
-    if id(memory_owner(grad)) not in owners:
-        return grad
     owner, home = memory_owner(grad), entry.backend
-    span, key = (id(owner), *home.bounds(grad)), home.key(grad)
+    span = (id(owner), *home.bounds(grad))
+    safe = dense and home.key(grad) == entry.key and sum(other is entry for other in entries) == 1
     for other in entries:
-        itself = other.key == entry.key == key
-        if other.owner is owner and not itself and _overlap(span, (id(owner), *home.bounds(other.view))):
+        is_slot = any(memory_owner(slot._array) is owner for slot in other.slots.values())
+        overlaps = _overlap(span, (id(other.owner), *home.bounds(other.view)))
+        if is_slot or (overlaps and not (safe and other is entry)):
             return grad.copy()
     return grad
 

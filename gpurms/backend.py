@@ -221,8 +221,14 @@ def require(array: Array) -> Backend:
     """The backend of an array that has one."""
     found = of(array)
     if found is None:
-        raise TypeError(f"expected a NumPy array; got {type(array).__module__}.{type(array).__qualname__}")
+        raise TypeError(f"expected a NumPy array; got {type_name(array)}")
     return found
+
+
+def type_name(thing: object) -> str:
+    """The type of something as messages name it."""
+    kind = type(thing)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def array_module() -> ModuleType:
@@ -256,19 +262,22 @@ def _cupy() -> tuple[ModuleType | None, str]:
     install = "pip install 'gpurms[cuda13]' (or gpurms[cuda12] for a CUDA 12 driver)"
     try:
         import cupy
-    except ImportError as error:
-        return None, f"CuPy does not import ({error}): {install}"
+    except ModuleNotFoundError as error:
+        return None, f"CuPy is not installed ({error}): {install}"
+    except Exception as error:  # a broken installation fails in as many ways as there are libraries below it
+        return None, f"CuPy does not import ({type(error).__name__}: {error}): {install}"
     try:
         if cupy.cuda.is_available():
             return cupy, ""
         reason = "no CUDA device or driver answers"
     except Exception as error:  # CuPy raises errors of several unrelated types here, by what is broken
         reason = f"{type(error).__name__}: {error}"
-    return None, f"CuPy {cupy.__version__} is installed, but {reason}; it needs an NVIDIA driver, or {install}"
+    version = getattr(cupy, "__version__", "of unknown version")
+    return None, f"CuPy {version} is installed, but {reason}; it needs an NVIDIA driver, or {install}"
 
 
 def report() -> list[tuple[str, bool, str]]:
     """Rows (engine, usable, detail), the preferred first."""
-    cupy, problem = _cupy()
+    _, problem = _cupy()
     cuda = ("cuda", False, problem or "the CUDA kernels are not part of this version")
     return [cuda, *cpu.engine_report()]

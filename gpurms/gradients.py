@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from gpurms import aliasing, backend
-from gpurms.slots import Entry, Slots, array_of, label
+from gpurms.slots import Entry, Slots, array_of, label, memory_owner
 from gpurms.variable import Array, IndexedSlices, Variable
 
 
@@ -65,7 +65,7 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
             UserWarning,
             stacklevel=3,
         )
-    return _detach(pairs)
+    return _detach(slots, made.values(), pairs)
 
 
 def _dense(entry: Entry, variable: Any, grad: Any, position: int) -> Pair:
@@ -86,8 +86,8 @@ def _same_library(entry: Entry, variable: Any, grad: Any, position: int, what: s
     if home is None:
         array = entry.backend.scalar(array)
         if array is None:
-            kind = type(grad).__qualname__
-            raise TypeError(f"{where}: expected its {what} as a {entry.backend.name} array; got {kind}")
+            got = backend.type_name(grad)
+            raise TypeError(f"{where}: expected its {what} as a {entry.backend.name} array; got {got}")
     elif home is not entry.backend:
         raise TypeError(
             f"{where} is a {entry.backend.name} array, but its {what} a {home.name} array: transfer one of them"
@@ -108,7 +108,7 @@ def _sparse(entry: Entry, variable: Any, grad: IndexedSlices, position: int) -> 
     values = _same_library(entry, variable, grad.values, position, "gradient's values")
     indices = array_of(grad.indices)
     if backend.of(indices) is not entry.backend or indices.dtype.name not in ("int32", "int64"):
-        got = getattr(indices, "dtype", type(indices).__name__)
+        got = getattr(indices, "dtype", backend.type_name(indices))
         raise TypeError(f"{where}: expected indices as a {entry.backend.name} array of int32 or int64; got {got}")
     indices = entry.backend.view(indices)
     if indices.ndim != 1:
@@ -124,12 +124,13 @@ def _sparse(entry: Entry, variable: Any, grad: IndexedSlices, position: int) -> 
     return Pair(entry, values, indices)
 
 
-def _detach(pairs: list[Pair]) -> list[Pair]:
+def _detach(slots: Slots, made: Iterable[Entry], pairs: list[Pair]) -> list[Pair]:
+    """The pairs with gradients that no update of the call writes to; nearly always the pairs as they are."""
+    owners = slots.owners | {id(entry.owner) for entry in made} if made else slots.owners
     entries = [pair.entry for pair in pairs]
-    owners = {id(entry.owner) for entry in entries}
     return [
-        pair
-        if pair.grad.base is None and id(pair.grad) not in owners
-        else pair._replace(grad=aliasing.detached(pair.grad, pair.entry, entries, owners))
+        pair._replace(grad=aliasing.detached(pair.grad, pair.entry, pair.indices is None, entries))
+        if id(memory_owner(pair.grad)) in owners
+        else pair
         for pair in pairs
     ]

@@ -143,7 +143,12 @@ class Hyperparameter(Setting):
         return self._now(value)
 
     def _now(self, value: Any) -> float:
-        return float(self.check(self.name, value() if callable(value) else value))
+        if not callable(value):
+            return float(value)
+        result = value()
+        if result is None:  # which some checks take for "the default" when it is set
+            raise TypeError(f"{self.name} must be a real number; its callable returned None")
+        return float(self.check(self.name, result))
 
 
 def _is_callable(value: Any) -> bool:

@@ -451,7 +451,8 @@ class RMSprop:
         return np.int64(0) if self._iterations is None else np.int64(self._iterations.numpy())
 
     def _new_slot(self, entry: Entry, name: str, value: float = 0.0) -> Variable:
-        dtype = self.slot_dtype or (entry.compute if entry.dtype.itemsize == 2 else entry.dtype)
+        natural = entry.compute if entry.dtype.itemsize == 2 else entry.dtype
+        dtype = natural if self.slot_dtype is None else self.slot_dtype
         owner = entry.variable.name if isinstance(entry.variable, Variable) else "array"
         array = entry.backend.full(entry.view, value, dtype)
         return Variable(array, name=f"{self.name}/{owner}/{name}", trainable=False)

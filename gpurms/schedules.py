@@ -160,7 +160,7 @@ class PiecewiseConstantDecay(_Decay):
     values: Sequence[float]
     name: str | None = None
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.values) != len(self.boundaries) + 1:
             raise ValueError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gpurms import schedules
 
 if TYPE_CHECKING:
@@ -51,8 +53,10 @@ def save(optimizer: RMSprop) -> dict[str, Any]:
         config[key] = schedules.serialize(value) if isinstance(value, schedules.LearningRateSchedule) else value
     for key, default in DEFAULTS.items():
         value = getattr(optimizer, key)
+        if isinstance(value, np.dtype):  # by name, also because NumPy says that float64 == None
+            value = value.name
         if key not in config and value != default:
-            config[key] = value.name if key == "slot_dtype" else value
+            config[key] = value
     return config
 
 

@@ -92,6 +92,7 @@ class Slots:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.weights: list[Variable] = []
+        self.owners: set[int] = set()  # ids of the owners of all memory that steps write to
         self._entries: dict[Any, Entry] = {}
         self._by_id: dict[int, Entry] = {}
         self._before_counter: list[Variable] = []
@@ -109,10 +110,12 @@ class Slots:
         """Add an entry; known ones stay."""
         if self._entries.setdefault(entry.key, entry) is entry:
             self._by_id[id(entry.array)] = entry
+            self.owners.add(id(entry.owner))
 
     def add(self, entry: Entry, name: str, slot: Variable) -> None:
         """Add a slot to an adopted entry."""
         entry.slots[name] = slot
+        self.owners.add(id(memory_owner(slot._array)))
         if name not in self.names:
             self.names.append(name)
         (self.weights if self.weights else self._before_counter).append(slot)
@@ -142,3 +145,4 @@ class Slots:
                     entry = Entry(each, label(each))
                     entry.slots = slots
                     self.adopt(entry)
+            self.owners.update(id(memory_owner(slot._array)) for slot in slots.values())

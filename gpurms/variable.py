@@ -62,8 +62,8 @@ class Variable:
             raise TypeError(f"constraint must be a function of an array; got {constraint!r}")
         if not isinstance(name, str | None):
             raise TypeError(f"name must be a string; got {name!r}")
-        self._array = _as_array(initial_value, dtype)
         self.name = "Variable" if name is None else name
+        self._array = _as_array(initial_value, dtype, f"variable {self.name!r}")
         self.trainable = trainable
         self.constraint = constraint
 
@@ -125,26 +125,28 @@ class Variable:
         return f"<gpurms.Variable {self.name!r} shape={self.shape} dtype={self.dtype.name}, value={values}>"
 
 
-def _as_array(value: Any, dtype: Any) -> Array:
+def _as_array(value: Any, dtype: Any, where: str) -> Array:
     if isinstance(value, Variable):
         value = value._array.copy()
-    home = backend.of(value)
-    if home is not None:
-        if dtype is not None:
-            value = value.astype(dtype, copy=False)
-        if not is_real(value.dtype):
-            raise TypeError(f"a Variable holds integers or floats; got an array of {value.dtype}")
-        return value
+    if backend.of(value) is None:
+        array = _from_numbers(value, np.float32 if dtype is None else dtype, where)
+    else:
+        array = value if dtype is None else value.astype(dtype, copy=False)
+    if not is_real(array.dtype):
+        raise TypeError(
+            f"{where}: expected an array of float16, bfloat16, float32, float64 or integers; got {array.dtype}"
+        )
+    return array
+
+
+def _from_numbers(value: Any, dtype: Any, where: str) -> Array:
     try:
         host = np.asarray(value)
     except ValueError as error:
-        raise TypeError(f"a Variable needs an array of numbers; got {type(value).__name__} ({error})") from error
+        raise TypeError(f"{where}: expected an array of numbers; got a {backend.type_name(value)} ({error})") from error
     if host.dtype.kind not in "biuf" and not is_real(host.dtype):
-        raise TypeError(f"a Variable needs an array of real numbers; got {value!r}")
-    array = backend.array_module().asarray(host.astype(np.float32 if dtype is None else dtype))
-    if not is_real(array.dtype):
-        raise TypeError(f"a Variable holds integers or floats; got dtype {array.dtype}")
-    return array
+        raise TypeError(f"{where}: expected an array of real numbers, float32 by default; got {value!r:.80}")
+    return backend.array_module().asarray(host.astype(dtype))
 
 
 def is_real(dtype: np.dtype[Any]) -> bool:

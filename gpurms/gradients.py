@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpurms import aliasing, backend
 from gpurms.slots import Entry, Slots, array_of, label, memory_owner
 from gpurms.variable import Array, IndexedSlices, Variable
 
-
-class Pair(NamedTuple):
-    """A variable and its checked gradient: ``grad`` dense, or the values of the rows ``indices``."""
-
-    entry: Entry
-    grad: Array
-    indices: Array | None
+Pair = tuple[Entry, Array, Array | None]
+"""A variable and its checked gradient: dense, or the values of rows and their indices."""
 
 
 def read_pairs(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
@@ -69,13 +64,13 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
 
 
 def _dense(entry: Entry, variable: Any, grad: Any, position: int) -> Pair:
-    if type(grad) is not type(entry.view) or grad.dtype not in entry.accepts:
+    if type(grad) is not type(entry.view) or (grad.dtype is not entry.dtype and grad.dtype not in entry.accepts):
         grad = _same_library(entry, variable, grad, position, "gradient")
     if grad.shape != entry.shape:
         raise ValueError(
             f"{label(variable, position)}: expected a gradient of its shape {entry.shape}; got shape {grad.shape}"
         )
-    return Pair(entry, grad, None)
+    return entry, grad, None
 
 
 def _same_library(entry: Entry, variable: Any, grad: Any, position: int, what: str) -> Array:
@@ -121,16 +116,18 @@ def _sparse(entry: Entry, variable: Any, grad: IndexedSlices, position: int) -> 
     outside = entry.backend.out_of_range(indices, entry.shape[0])
     if outside is not None:
         raise IndexError(f"{where}: index {int(indices[outside])} at offset {outside} is outside [0, {entry.shape[0]})")
-    return Pair(entry, values, indices)
+    return entry, values, indices
 
 
 def _detach(slots: Slots, made: Iterable[Entry], pairs: list[Pair]) -> list[Pair]:
     """The pairs with gradients that no update of the call writes to; nearly always the pairs as they are."""
     owners = slots.owners | {id(entry.owner) for entry in made} if made else slots.owners
-    entries = [pair.entry for pair in pairs]
+    if not any(id(grad if grad.base is None else memory_owner(grad)) in owners for _, grad, _ in pairs):
+        return pairs
+    entries = [entry for entry, _, _ in pairs]
     return [
-        pair._replace(grad=aliasing.detached(pair.grad, pair.entry, pair.indices is None, entries))
-        if id(memory_owner(pair.grad)) in owners
-        else pair
-        for pair in pairs
+        (entry, aliasing.detached(grad, entry, indices is None, entries), indices)
+        if id(memory_owner(grad)) in owners
+        else (entry, grad, indices)
+        for entry, grad, indices in pairs
     ]

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpurms import backend, gradients, hyper, settings, step, tape
 from gpurms.arguments import flag
+from gpurms.backend import Backend
 from gpurms.hyper import Hyperparameter, Setting
 from gpurms.slots import Entry, Slots, array_of, label
 from gpurms.variable import Variable
@@ -84,7 +85,7 @@ class RMSprop:
     momentum, sparse gradients touch only their rows, and clipping works in ``apply_gradients``.
     """
 
-    __slots__ = ("__weakref__", "_iterations", "_rounds", "_settings", "_slots")
+    __slots__ = ("__weakref__", "_batches", "_iterations", "_settings", "_slots")
 
     learning_rate = Hyperparameter(hyper.non_negative, "Step size: float, or the schedule.", schedule=True)
     rho = Hyperparameter(hyper.fraction, "Decay of the moving averages.")
@@ -119,7 +120,7 @@ class RMSprop:
         self._settings: dict[str, Any] = {}
         self._slots = Slots()
         self._iterations: Variable | None = None
-        self._rounds: tuple[list[Entry], list[int]] = ([], [])
+        self._batches: tuple[list[Entry], list[tuple[Backend, list[int]]]] = ([], [])
         options = settings.DEFAULTS | kwargs
         self.learning_rate = options.pop("lr", learning_rate)
         if unknown := options.keys() - settings.DEFAULTS.keys():
@@ -188,7 +189,7 @@ class RMSprop:
             self._slots.add(entry, slot_name, slot)
         apply()
         counter._array[...] += 1
-        for variable in {id(pair.entry.array): pair.entry.variable for pair in pairs}.values():
+        for variable in {id(variable): variable for grad, variable in items if grad is not None}.values():
             _constrain(variable)
         return self._count()
 
@@ -433,13 +434,13 @@ class RMSprop:
 
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         attributes, slots = cast("tuple[dict[str, Any] | None, dict[str, Any]]", object.__getstate__(self))
-        return attributes, {key: value for key, value in slots.items() if key != "_rounds"}
+        return attributes, {key: value for key, value in slots.items() if key != "_batches"}
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         attributes, slots = state
         for key, value in {**(attributes or {}), **slots}.items():
             object.__setattr__(self, key, value)
-        self._rounds = ([], [])
+        self._batches = ([], [])
 
     # --------------------------------------------------------------------------------------------- internals
 

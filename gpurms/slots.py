@@ -9,7 +9,7 @@ import numpy as np
 
 from gpurms import backend
 from gpurms.hyper import FLOAT_NAMES, is_supported
-from gpurms.kernels.rule import FLOAT32, FLOAT64, compute_dtype
+from gpurms.kernels.rule import FLOAT32, FLOAT64, Update, compute_dtype
 from gpurms.variable import Array, Variable
 
 
@@ -26,6 +26,7 @@ class Entry:
         "owner",
         "shape",
         "slots",
+        "update",
         "variable",
         "view",
     )
@@ -49,15 +50,11 @@ class Entry:
         self.key = home.key(self.array)
         self.owner = memory_owner(self.array)
         self.slots: dict[str, Variable] = {}
+        self.update: Update | None = None  # of the latest step, for the next one to fill in again
 
     def is_current(self) -> bool:
         """False once somebody has given the array another shape or type in place."""
         return bool(self.array.shape == self.shape and self.array.dtype == self.dtype)
-
-    def slot_array(self, name: str) -> Array | None:
-        """The array of a slot, or None."""
-        slot = self.slots.get(name)
-        return None if slot is None else slot._array
 
 
 def array_of(variable: Any) -> Any:
@@ -115,6 +112,7 @@ class Slots:
     def add(self, entry: Entry, name: str, slot: Variable) -> None:
         """Add a slot to an adopted entry."""
         entry.slots[name] = slot
+        entry.update = None
         self.owners.add(id(memory_owner(slot._array)))
         if name not in self.names:
             self.names.append(name)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,35 +59,45 @@ def missing_slots(optimizer: RMSprop, pairs: Sequence[Pair], flags: Flags) -> li
     return [
         (entry, name, optimizer._new_slot(entry, name, start))
         for name, start in starts.items()
-        for entry in dict.fromkeys(pair.entry for pair in pairs)
+        for entry in dict.fromkeys(entry for entry, _, _ in pairs)
         if name not in entry.slots
     ]
 
 
 def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequence[NewSlot]) -> Callable[[], None]:
     """The step as a function that changes the arrays and does nothing else."""
-    pending = {(entry, name): slot._array for entry, name, slot in new_slots}
+    pending = {(entry, name): slot for entry, name, slot in new_slots}
     rules: dict[tuple[np.dtype[Any], bool], Rule] = {}
     updates = []
-    for pair, factor in zip(pairs, _clip_factors(optimizer, pairs)):
-        entry = pair.entry
-        rms, mom, mg = (
-            entry.slot_array(name) if name in entry.slots else pending.get((entry, name))
-            for name in ("rms", "momentum", "mg")
-        )
-        key = (entry.compute, mom is not None)
+    filled: set[Entry] = set()
+    for (entry, grad, indices), factor in zip(pairs, _clip_factors(optimizer, pairs)):
+        update = entry.update
+        if update is None or pending or entry in filled or (update.mg is not None) != now.flags.centered:
+            update = entry.update = _new_update(entry, pending, now)
+        filled.add(entry)
+        key = (entry.compute, update.mom is not None)
         rule = rules.get(key)
         if rule is None:
             rule = rules[key] = now.rule(*key)
-        mg = mg if now.flags.centered else None
-        updates.append(Update(rule, entry.view, pair.grad, rms, mom, mg, pair.indices, factor))
-    plans = [home.plan(batch) for home, batch in _batches(optimizer, [pair.entry for pair in pairs], updates)]
+        update.rule, update.grad, update.indices, update.factor = rule, grad, indices, factor
+        updates.append(update)
+    batches = _batches(optimizer, [entry for entry, _, _ in pairs])
+    plans = [home.plan([updates[i] for i in at] if len(batches) > 1 else updates) for home, at in batches]
 
     def apply() -> None:
         for planned in plans:
             planned()
+        for update in updates:  # gradients are not kept until the next step
+            update.grad = update.indices = update.factor = None
 
     return apply
+
+
+def _new_update(entry: Entry, pending: Mapping[tuple[Entry, str], Variable], now: Step) -> Update:
+    slots = [entry.slots.get(name) or pending.get((entry, name)) for name in ("rms", "momentum", "mg")]
+    rms, mom, mg = (None if slot is None else slot._array for slot in slots)
+    rule = now.rule(entry.compute, mom is not None)
+    return Update(entry.view, rms, mom, mg if now.flags.centered else None, rule, grad=None)
 
 
 def _clip_factors(optimizer: RMSprop, pairs: Sequence[Pair]) -> list[Any]:
@@ -95,17 +105,21 @@ def _clip_factors(optimizer: RMSprop, pairs: Sequence[Pair]) -> list[Any]:
     if clip is None:
         return [None] * len(pairs)
     clipvalue = optimizer.clipvalue
-    sums = [pair.entry.backend.square_sum(pair.grad, pair.entry.compute, clipvalue) for pair in pairs]
+    sums = [entry.backend.square_sum(grad, entry.compute, clipvalue) for entry, grad, _ in pairs]
     if optimizer.global_clipnorm is not None:
         sums = [sum(sums)] * len(sums)
-    return [clipping.factor(each, clip, pair.entry.compute) for each, pair in zip(sums, pairs)]
+    return [clipping.factor(each, clip, entry.compute) for each, (entry, _, _) in zip(sums, pairs)]
 
 
-def _batches(optimizer: RMSprop, entries: list[Entry], updates: list[Update]) -> list[tuple[Backend, list[Update]]]:
-    """Updates that may run together, per library; those on memory already updated in the call come later."""
-    if entries != optimizer._rounds[0]:
-        optimizer._rounds = (entries, aliasing.rounds(entries))
-    batches: dict[tuple[int, str], tuple[Backend, list[Update]]] = {}
-    for number, entry, update in sorted(zip(optimizer._rounds[1], entries, updates), key=lambda each: each[0]):
-        batches.setdefault((number, entry.backend.name), (entry.backend, []))[1].append(update)
-    return list(batches.values())
+def _batches(optimizer: RMSprop, entries: list[Entry]) -> list[tuple[Backend, list[int]]]:
+    """Positions of updates that may run together, per library; on memory already updated in the call, a later batch.
+
+    Kept from step to step, as loops pass the same variables again and again.
+    """
+    if entries != optimizer._batches[0]:
+        batches: dict[tuple[int, str], tuple[Backend, list[int]]] = {}
+        for i, number in enumerate(aliasing.rounds(entries)):
+            home = entries[i].backend
+            batches.setdefault((number, home.name), (home, []))[1].append(i)
+        optimizer._batches = (entries, [batches[key] for key in sorted(batches)])
+    return optimizer._batches[1]

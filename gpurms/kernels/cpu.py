@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol, cast
 
@@ -21,7 +20,7 @@ import numpy as np
 from gpurms.kernels import numpy as numpy_engine
 from gpurms.kernels import pool
 from gpurms.kernels.numpy import BLOCK, Array
-from gpurms.kernels.rule import FLOAT32, FLOAT64, Rule, Update
+from gpurms.kernels.rule import FLOAT32, FLOAT64, Flags, Rule, Update
 
 SMALL = 1 << 15
 """Variables up to this size stay on the calling thread: their kernel is shorter than a change of threads."""
@@ -36,7 +35,7 @@ ENGINES = ("auto", "numpy", "numba")
 class Engine(Protocol):
     """What ``numpy.py`` and ``numba.py`` provide. ``rows`` is None where sums and update are separate passes."""
 
-    dense: Callable[[Rule], Callable[..., None]]
+    dense: Callable[[Flags, np.dtype[Any]], Callable[..., None]]
     row_sums: Callable[[Rule], Callable[..., None]]
     rows: Callable[[Rule], Callable[..., None]] | None
     sort_rows: Callable[[Array], tuple[Array, Array, Array]]
@@ -119,41 +118,50 @@ def plan(updates: Sequence[Update]) -> Callable[[], None]:
     return apply
 
 
-Unit = Callable[[], None]
+Unit = tuple[Callable[..., None], tuple[Any, ...]]  # a function and its arguments
 
 
 def _call(unit: Unit) -> None:
-    unit()
+    function, arguments = unit
+    function(*arguments)
 
 
 def _plan_dense(updates: Sequence[Update]) -> Callable[[], None]:
+    """One unit for each small update, on this thread; units of one chunk for large ones, on all threads."""
     make = engine().dense
-    kernels: dict[int, Callable[..., None]] = {}
-    inline: list[Unit] = []
-    threaded: list[Unit] = []
+    rule: Rule | None = None
+    small: list[Unit] = []
+    chunks: list[Unit] = []
     for update in updates:
-        rule = update.rule
-        kernel = kernels.get(id(rule))
-        if kernel is None:
-            kernel = kernels[id(rule)] = make(rule)
-        compute = rule.scalars.dtype
-        factor = update.factor if update.factor is not None else compute.type(1)
-        n = update.var.size
-        arrays = _flat(update, compute)
-        if arrays is None:
-            for lo in range(0, n, CHUNK):
-                unit = partial(_strided, kernel, update, lo, min(lo + CHUNK, n), factor)
-                (inline if n <= SMALL else threaded).append(unit)
-        elif n <= SMALL:
-            inline.append(partial(kernel, *arrays, factor))
+        if update.rule is not rule:
+            rule = update.rule
+            scalars = rule.scalars
+            compute = scalars.dtype
+            kernel = make(rule.flags, compute)
+            one = compute.type(1)
+        factor = one if update.factor is None else update.factor
+        if update.prepared is None:
+            update.prepared = _flat_state(update)
+        n, state = update.prepared
+        grad = None if state is None else _flat(update.grad, compute)
+        if grad is None:
+            spans = [(lo, min(lo + CHUNK, n)) for lo in range(0, n, CHUNK)]
+            units: list[Unit] = [(_strided, (kernel, update, lo, hi, factor, scalars)) for lo, hi in spans]
+            (small if n <= SMALL else chunks).extend(units)
+            continue
+        var, rms, mom, mg = state
+        if n <= SMALL:
+            small.append((kernel, (var, grad, rms, mom, mg, factor, scalars)))
         else:
             for lo in range(0, n, CHUNK):
-                threaded.append(partial(kernel, *(a[lo : lo + CHUNK] for a in arrays), factor))
+                parts = (a[lo : lo + CHUNK] for a in (var, grad, rms, mom, mg))
+                chunks.append((kernel, (*parts, factor, scalars)))
 
     def apply() -> None:
-        for unit in inline:
-            unit()
-        pool.run(_call, threaded)
+        for function, arguments in small:
+            function(*arguments)
+        if chunks:
+            pool.run(_call, chunks)
 
     return apply
 
@@ -161,23 +169,29 @@ def _plan_dense(updates: Sequence[Update]) -> Callable[[], None]:
 _ABSENT: dict[np.dtype[Any], Array] = {FLOAT32: np.empty(0, FLOAT32), FLOAT64: np.empty(0, FLOAT64)}
 
 
-def _flat(update: Update, compute: np.dtype[Any]) -> list[Array] | None:
-    """The update's arrays as 1-D views, or None if one of them is strided, unaligned or of another type."""
-    views: list[Array] = []
-    for array in (update.var, update.grad, update.rms, update.mom, update.mg):
-        if array is None:
-            views.append(_ABSENT[compute])
-            continue
-        flags = array.flags
-        if array.dtype != compute or not flags.c_contiguous or not flags.aligned:
-            return None
-        views.append(array.reshape(-1))
-    return views
-
-
-def _strided(kernel: Callable[..., None], update: Update, lo: int, hi: int, factor: Any) -> None:
-    """Elements lo to hi, in memory order of the variable, through buffers of the compute type."""
+def _flat_state(update: Update) -> tuple[int, tuple[Array, ...] | None]:
+    """Size, and variable and slots as 1-D views, or None if one of them is strided, unaligned or of another type."""
     compute = update.rule.compute
+    views: list[Array] = []
+    for array in (update.var, update.rms, update.mom, update.mg):
+        view = _ABSENT[compute] if array is None else _flat(array, compute)
+        if view is None:
+            return update.var.size, None
+        views.append(view)
+    return update.var.size, tuple(views)
+
+
+def _flat(array: Array, compute: np.dtype[Any]) -> Array | None:
+    """A 1-D view of a contiguous, aligned array of the compute type, or None."""
+    flags = array.flags
+    if array.dtype != compute or not flags.c_contiguous or not flags.aligned:
+        return None
+    return array if array.ndim == 1 else array.reshape(-1)
+
+
+def _strided(kernel: Callable[..., None], update: Update, lo: int, hi: int, factor: Any, scalars: Array) -> None:
+    """Elements lo to hi, in memory order of the variable, through buffers of the compute type."""
+    compute = scalars.dtype
     arrays = [a for a in (update.var, update.grad, update.rms, update.mom, update.mg) if a is not None]
     access: Any = [["readonly" if a is update.grad else "readwrite", "contig", "aligned"] for a in arrays]
     with (
@@ -198,7 +212,7 @@ def _strided(kernel: Callable[..., None], update: Update, lo: int, hi: int, fact
             var, grad, rms, *rest = views
             mom = rest.pop(0) if update.mom is not None else _ABSENT[compute]
             mg = rest.pop(0) if update.mg is not None else _ABSENT[compute]
-            kernel(var, grad, rms, mom, mg, factor)
+            kernel(var, grad, rms, mom, mg, factor, scalars)
             for buffer, view in zip(buffers, views):
                 if buffer is not view and view is not grad:
                     buffer[...] = round_to_odd(view)
@@ -258,7 +272,7 @@ def _plan_rows(update: Update) -> Callable[[], None]:
 
     pool.run(sum_range, ranges)
     flags = rule.flags._replace(clip_value=False, clip_norm=False)  # the sums are of clipped values
-    dense = chosen.dense(rule._replace(flags=flags))
+    dense = chosen.dense(flags, compute)
     return lambda: pool.run(lambda span: _update_rows(dense, update, rows[span], sums[span]), ranges)
 
 
@@ -287,7 +301,8 @@ def _flat_tables(update: Update, row_size: int) -> list[Array] | None:
 
 def _update_rows(dense: Callable[..., None], update: Update, rows: Array, sums: Array) -> None:
     """The rule on gathered rows, scattered back: for tables of any layout and type."""
-    compute = update.rule.compute
+    scalars = update.rule.scalars
+    compute = scalars.dtype
     n = max(1, BLOCK // sums.shape[1])
     with np.errstate(all="ignore"):
         for lo in range(0, rows.size, n):
@@ -295,7 +310,7 @@ def _update_rows(dense: Callable[..., None], update: Update, rows: Array, sums: 
             tables = [update.var, update.rms, update.mom, update.mg]
             blocks: list[Array] = [_ABSENT[compute] if t is None else t[at].astype(compute).reshape(-1) for t in tables]
             var, rms, mom, mg = blocks
-            dense(var, sums[lo : lo + n].reshape(-1), rms, mom, mg, compute.type(1))
+            dense(var, sums[lo : lo + n].reshape(-1), rms, mom, mg, compute.type(1), scalars)
             for table, block in zip(tables, blocks):
                 if table is not None:
                     if _buffer_dtype(table, compute) != compute:

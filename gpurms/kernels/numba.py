@@ -152,16 +152,11 @@ def _dense(flags: Flags, compute: np.dtype[Any]) -> Any:
     return dense
 
 
-def dense(rule: Rule) -> Callable[..., None]:
-    """``f(var, grad, rms, mom, mg, factor)``: one update of 1-D contiguous arrays of the compute type, in place."""
+def dense(flags: Flags, compute: np.dtype[Any]) -> Callable[..., None]:
+    """``f(var, grad, rms, mom, mg, factor, scalars)``: one update of 1-D contiguous arrays of the compute type."""
     with _compiling:
-        kernel = _dense(rule.flags, rule.compute)
-    scalars = rule.scalars
-
-    def loop(var: Array, grad: Array, rms: Array, mom: Array, mg: Array, factor: Any) -> None:
-        kernel(var, grad, rms, mom, mg, factor, scalars)
-
-    return loop
+        kernel: Callable[..., None] = _dense(flags, compute)
+    return kernel
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpurms.kernels.rule import Rule
+from gpurms.kernels.rule import Flags, Rule
 
 Array = np.ndarray[Any, Any]
 
@@ -35,21 +35,20 @@ def _temporaries(n: int, compute: np.dtype[Any]) -> tuple[Array, Array]:
     return kept[0, :n], kept[1, :n]
 
 
-def dense(rule: Rule) -> Callable[..., None]:
-    """``f(var, grad, rms, mom, mg, factor)``: one update of 1-D contiguous arrays of the compute type, in place."""
+def dense(flags: Flags, compute: np.dtype[Any]) -> Callable[..., None]:
+    """``f(var, grad, rms, mom, mg, factor, scalars)``: one update of 1-D contiguous arrays of the compute type."""
 
-    def blocks(var: Array, grad: Array, rms: Array, mom: Array, mg: Array, factor: Any) -> None:
+    def blocks(var: Array, grad: Array, rms: Array, mom: Array, mg: Array, factor: Any, scalars: Array) -> None:
         for i in range(0, var.size, BLOCK):
             j = i + BLOCK
-            update(rule, var[i:j], grad[i:j], rms[i:j], mom[i:j], mg[i:j], factor)
+            update(flags, var[i:j], grad[i:j], rms[i:j], mom[i:j], mg[i:j], factor, scalars)
 
     return blocks
 
 
-def update(rule: Rule, var: Array, grad: Array, rms: Array, mom: Array, mg: Array, factor: Any) -> None:
+def update(on: Flags, var: Array, grad: Array, rms: Array, mom: Array, mg: Array, factor: Any, scalars: Array) -> None:
     """THE rule, in place. Each call is one IEEE operation in the compute type; ``a`` and ``b`` are temporaries."""
-    on = rule.flags
-    lr, one_minus_rho, momentum, epsilon, weight_decay, lr_weight_decay, clipvalue = rule.scalars
+    lr, one_minus_rho, momentum, epsilon, weight_decay, lr_weight_decay, clipvalue = scalars
     a, b = _temporaries(var.size, var.dtype)
     with np.errstate(all="ignore"):
         g = grad

@@ -75,22 +75,26 @@ class Step:
         return Rule(flags, rounded)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Update:
     """One variable's share of a call. All arrays belong to one library; a slot the rule does not use is None.
 
     Dense: ``grad`` has the variable's shape and ``indices`` is None. Sparse: ``grad`` holds the values, of shape
     ``indices.shape + var.shape[1:]``. ``factor`` is the clip factor, a scalar of the compute type, or None.
+
+    ``var`` and the slots stay the same from step to step, and so does the object; ``prepared`` is what the library
+    has made of them.
     """
 
-    rule: Rule
     var: Any
-    grad: Any
     rms: Any
     mom: Any
     mg: Any
+    rule: Rule
+    grad: Any
     indices: Any = None
     factor: Any = None
+    prepared: Any = None
 
 
 def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -1,7 +1,7 @@
 """The update rule as jitted loops: the fast CPU engine, with NumPy's bits.
 
 No ``fastmath`` and no contraction, so each operation is the IEEE one of ``numpy.py``; ``error_model="numpy"`` because
-Python's guards the division, and a guarded loop is not vectorised. Flags are constants of the closures, so a term that
+Python's guards the division, and a guarded loop is not vectorised. Flags are constants of the kernels, so a term that
 is off costs nothing. Signatures are explicit: everything is compiled before a step changes anything, and read-only
 gradients fit. Compiled code is cached on disk; a second process compiles nothing.
 """
@@ -25,6 +25,9 @@ COLUMNS = 1024
 """Columns of a row that are summed at once: seven levels of them stay in the cache whatever the row size."""
 LEVELS = 8  # of sums by 32: more than 2**40 occurrences of one row
 
+# Numba finds a cached kernel by its closure's values. Those are plain tuples here; functions among them would be new in
+# every process, so all functions that kernels call are globals.
+
 _compiling = threading.Lock()
 
 
@@ -43,111 +46,151 @@ def _jit(signature: Any, **options: Any) -> Callable[[Any], Any]:
     return compile_
 
 
+def _inline(function: Any) -> Any:
+    """For the bodies of the loops: LLVM inlines them into each kernel and folds the flags ``on``, constants there."""
+    return numba.njit(error_model="numpy", forceinline=True)(function)
+
+
 def _array(dtype: Any, ndim: int = 1, readonly: bool = False) -> types.Array:
     return types.Array(dtype, ndim, "C", readonly=readonly)
 
 
-@cache
-def _update(flags: Flags, compute: np.dtype[Any]) -> Any:
-    """THE rule, of scalars: (grad, var, rms, mom, mg, ...) -> (var, rms, mom, mg)."""
-    _, _, maximize, l2, decoupled, centered, has_momentum, nesterov, eps_in_sqrt, lr_in_momentum = flags
-    zero = compute.type(0)
-
-    @numba.njit(error_model="numpy")
-    def update(grad, var, rms, mom, mg, lr, one_minus_rho, momentum, epsilon, weight_decay, lr_weight_decay):  # type: ignore[no-untyped-def]
-        g = grad
-        if maximize:
-            g = -g
-        if l2:
-            g = g + weight_decay * var
-        if decoupled:
-            var = var - lr_weight_decay * var
-
-        rms = rms + (g * g - rms) * one_minus_rho
-        d = rms
-        if centered:
-            mg = mg + (g - mg) * one_minus_rho
-            d = rms - mg * mg
-            if d < zero:  # keeps NaN
-                d = zero
-        if eps_in_sqrt:
-            den = np.sqrt(d + epsilon)
-        else:
-            den = np.sqrt(d) + epsilon
-
-        if lr_in_momentum:
-            g = lr * g
-        u = g / den
-        step = u
-        if has_momentum:
-            mom = momentum * mom + u
-            step = mom
-            if nesterov:
-                step = momentum * mom + u
-        if not lr_in_momentum:
-            step = step * lr
-        return var - step, rms, mom, mg
-
-    return update
-
-
-@cache
-def _load(flags: Flags) -> Any:
+@_inline
+def load(on, g, factor, clipvalue):  # type: ignore[no-untyped-def]
     """One gradient value as the rule takes it: limited to [-clipvalue, clipvalue] and times the clip factor."""
-    clip_value, clip_norm = flags.clip_value, flags.clip_norm
+    clip_value, clip_norm = on[0], on[1]
+    if clip_value:
+        if g > clipvalue:
+            g = clipvalue
+        elif g < -clipvalue:
+            g = -clipvalue
+    if clip_norm:
+        g = g * factor
+    return g
 
-    @numba.njit(error_model="numpy")
-    def load(g, factor, clipvalue):  # type: ignore[no-untyped-def]
-        if clip_value:
-            if g > clipvalue:
-                g = clipvalue
-            elif g < -clipvalue:
-                g = -clipvalue
-        if clip_norm:
-            g = g * factor
-        return g
 
-    return load
+@_inline
+def update(on, g, var, rms, mom, mg, scalars):  # type: ignore[no-untyped-def]
+    """THE rule, of scalars: returns var, rms, mom, mg. Each line is as in ``numpy.update``."""
+    _, _, maximize, l2, decoupled, centered, has_momentum, nesterov, eps_in_sqrt, lr_in_momentum = on
+    lr, one_minus_rho, momentum, epsilon, weight_decay, lr_weight_decay, zero = scalars
+    if maximize:
+        g = -g
+    if l2:
+        g = g + weight_decay * var
+    if decoupled:
+        var = var - lr_weight_decay * var
+
+    rms = rms + (g * g - rms) * one_minus_rho
+    d = rms
+    if centered:
+        mg = mg + (g - mg) * one_minus_rho
+        d = rms - mg * mg
+        if d < zero:  # keeps NaN
+            d = zero
+    if eps_in_sqrt:
+        den = np.sqrt(d + epsilon)
+    else:
+        den = np.sqrt(d) + epsilon
+
+    if lr_in_momentum:
+        g = lr * g
+    u = g / den
+    step = u
+    if has_momentum:
+        mom = momentum * mom + u
+        step = mom
+        if nesterov:
+            step = momentum * mom + u
+    if not lr_in_momentum:
+        step = step * lr
+    return var - step, rms, mom, mg
+
+
+@_inline
+def update_all(on, clip, var, grad, rms, mom, mg, factor, scalars):  # type: ignore[no-untyped-def]
+    """The rule over 1-D arrays: the loop of dense variables and of rows; gradients are clipped if ``clip``."""
+    has_momentum, centered = on[6], on[5]
+    zero = scalars.dtype.type(0)
+    numbers = (scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], zero)
+    clipvalue = scalars[6]
+    for i in range(var.size):
+        new_var, new_rms, new_mom, new_mg = update(
+            on,
+            load(on, grad[i], factor, clipvalue) if clip else grad[i],
+            var[i],
+            rms[i],
+            mom[i] if has_momentum else zero,
+            mg[i] if centered else zero,
+            numbers,
+        )
+        var[i] = new_var
+        rms[i] = new_rms
+        if has_momentum:
+            mom[i] = new_mom
+        if centered:
+            mg[i] = new_mg
+
+
+@_inline
+def add_run(on, values, order, start, stop, left, factor, clipvalue, run):  # type: ignore[no-untyped-def]
+    """Sum of up to 32 values of one row over columns [left, left + run.size), left to right, into ``run``."""
+    value = values[order[start], left : left + run.size]
+    for c in range(run.size):
+        run[c] = load(on, value[c], factor, clipvalue)
+    for i in range(start + 1, stop):
+        value = values[order[i], left : left + run.size]
+        for c in range(run.size):
+            run[c] += load(on, value[c], factor, clipvalue)
+
+
+@numba.njit(error_model="numpy")
+def carry(sums, level, item, width):  # type: ignore[no-untyped-def]
+    """Add the finished run ``sums[level]`` to the level above as its item-th, making room there first."""
+    top = level + 1
+    while item > 0 and item % FAN_IN == 0:
+        item = item // FAN_IN - 1
+        top += 1
+    run, finished = sums[top, :width], sums[top - 1, :width]
+    for c in range(width):
+        run[c] = run[c] + finished[c] if item > 0 else finished[c]
+    for below in range(top - 1, level, -1):
+        run, finished = sums[below, :width], sums[below - 1, :width]
+        for c in range(width):
+            run[c] = finished[c]
+
+
+@numba.njit(error_model="numpy")
+def add_tree(on, values, order, start, stop, left, width, factor, clipvalue, sums):  # type: ignore[no-untyped-def]
+    """Sum of a row that occurs more than 32 times, left in ``sums[level]``; returns that level.
+
+    ``sums[k]`` holds the run being added at level k: up to 32 values at level 0, up to 32 sums of level k - 1 above.
+    A run moves up only when the next one of its level begins, so the top level in use ends up with the total.
+    """
+    run = sums[0, :width]
+    n = (stop - start + FAN_IN - 1) // FAN_IN
+    for i in range(n):
+        if i > 0:
+            carry(sums, 0, i - 1, width)
+        first = start + i * FAN_IN
+        add_run(on, values, order, first, min(first + FAN_IN, stop), left, factor, clipvalue, run)
+    level = 0
+    while n > 1:
+        carry(sums, level, n - 1, width)
+        n = (n + FAN_IN - 1) // FAN_IN
+        level += 1
+    return level
 
 
 @cache
-def _apply(flags: Flags, compute: np.dtype[Any]) -> Any:
-    """The rule over 1-D arrays, the loop of both dense variables and rows."""
-    update, load = _update(flags, compute), _load(flags)
-    has_momentum, centered = flags.has_momentum, flags.centered
-    zero = compute.type(0)
-
-    @numba.njit(error_model="numpy")
-    def apply(var, grad, rms, mom, mg, factor, scalars):  # type: ignore[no-untyped-def]
-        lr, one_minus_rho, momentum, epsilon, weight_decay, lr_weight_decay, clipvalue = (
-            scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], scalars[6],
-        )  # fmt: skip
-        for i in range(var.size):
-            new_var, new_rms, new_mom, new_mg = update(
-                load(grad[i], factor, clipvalue), var[i], rms[i],
-                mom[i] if has_momentum else zero, mg[i] if centered else zero,
-                lr, one_minus_rho, momentum, epsilon, weight_decay, lr_weight_decay,
-            )  # fmt: skip
-            var[i] = new_var
-            rms[i] = new_rms
-            if has_momentum:
-                mom[i] = new_mom
-            if centered:
-                mg[i] = new_mg
-
-    return apply
-
-
-@cache
-def _dense(flags: Flags, compute: np.dtype[Any]) -> Any:
-    apply = _apply(flags, compute)
+def _dense(flags: tuple[bool, ...], compute: np.dtype[Any]) -> Any:
     scalar = numba.from_dtype(compute)
     array = _array(scalar)
     signature = types.void(array, _array(scalar, readonly=True), array, array, array, scalar, array)
 
     @_jit(signature)
     def dense(var, grad, rms, mom, mg, factor, scalars):  # type: ignore[no-untyped-def]
-        apply(var, grad, rms, mom, mg, factor, scalars)
+        update_all(flags, True, var, grad, rms, mom, mg, factor, scalars)
 
     return dense
 
@@ -155,79 +198,16 @@ def _dense(flags: Flags, compute: np.dtype[Any]) -> Any:
 def dense(flags: Flags, compute: np.dtype[Any]) -> Callable[..., None]:
     """``f(var, grad, rms, mom, mg, factor, scalars)``: one update of 1-D contiguous arrays of the compute type."""
     with _compiling:
-        kernel: Callable[..., None] = _dense(flags, compute)
+        kernel: Callable[..., None] = _dense(tuple(flags), compute)
     return kernel
 
 
 @cache
-def _add_run(flags: Flags) -> Any:
-    """Sum of up to 32 values of one row over columns [left, left + run.size), left to right, into ``run``."""
-    load = _load(flags)
-
-    @numba.njit(error_model="numpy", inline="always")
-    def add_run(values, order, start, stop, left, factor, clipvalue, run):  # type: ignore[no-untyped-def]
-        value = values[order[start], left : left + run.size]
-        for c in range(run.size):
-            run[c] = load(value[c], factor, clipvalue)
-        for i in range(start + 1, stop):
-            value = values[order[i], left : left + run.size]
-            for c in range(run.size):
-                run[c] += load(value[c], factor, clipvalue)
-
-    return add_run
-
-
-@cache
-def _add_tree(flags: Flags) -> Any:
-    """Sum of a row that occurs more than 32 times, left in ``sums[level]``; returns that level.
-
-    ``sums[k]`` holds the run being added at level k: up to 32 values at level 0, up to 32 sums of level k - 1 above.
-    A run moves up only when the next one of its level begins, so the top level in use ends up with the total.
-    """
-    add_run = _add_run(flags)
-
-    @numba.njit(error_model="numpy")
-    def carry(sums, level, item, width):  # type: ignore[no-untyped-def]
-        """Add the finished run ``sums[level]`` to the level above as its item-th, making room there first."""
-        top = level + 1
-        while item > 0 and item % FAN_IN == 0:
-            item = item // FAN_IN - 1
-            top += 1
-        run, finished = sums[top, :width], sums[top - 1, :width]
-        for c in range(width):
-            run[c] = run[c] + finished[c] if item > 0 else finished[c]
-        for below in range(top - 1, level, -1):
-            run, finished = sums[below, :width], sums[below - 1, :width]
-            for c in range(width):
-                run[c] = finished[c]
-
-    @numba.njit(error_model="numpy")
-    def add_tree(values, order, start, stop, left, width, factor, clipvalue, sums):  # type: ignore[no-untyped-def]
-        run = sums[0, :width]
-        n = (stop - start + FAN_IN - 1) // FAN_IN
-        for i in range(n):
-            if i > 0:
-                carry(sums, 0, i - 1, width)
-            first = start + i * FAN_IN
-            add_run(values, order, first, min(first + FAN_IN, stop), left, factor, clipvalue, run)
-        level = 0
-        while n > 1:
-            carry(sums, level, n - 1, width)
-            n = (n + FAN_IN - 1) // FAN_IN
-            level += 1
-        return level
-
-    return add_tree
-
-
-@cache
-def _row_sums(flags: Flags, compute: np.dtype[Any]) -> Any:
-    add_run, add_tree = _add_run(flags), _add_tree(flags)
+def _row_sums(flags: tuple[bool, ...], compute: np.dtype[Any]) -> Any:
     scalar = numba.from_dtype(compute)
     order = _array(types.int64, readonly=True)
-    signature = types.void(
-        _array(scalar, 2, readonly=True), order, order, scalar, scalar, _array(scalar, 2), _array(scalar, 2)
-    )
+    table = _array(scalar, 2)
+    signature = types.void(_array(scalar, 2, readonly=True), order, order, scalar, scalar, table, table)
 
     @_jit(signature)
     def row_sums(values, order, starts, factor, clipvalue, sums, out):  # type: ignore[no-untyped-def]
@@ -238,9 +218,9 @@ def _row_sums(flags: Flags, compute: np.dtype[Any]) -> Any:
                 start, stop = starts[k], starts[k + 1]
                 run = out[k, left : left + width]
                 if stop - start <= FAN_IN:
-                    add_run(values, order, start, stop, left, factor, clipvalue, run)
+                    add_run(flags, values, order, start, stop, left, factor, clipvalue, run)
                 else:
-                    level = add_tree(values, order, start, stop, left, width, factor, clipvalue, sums)
+                    level = add_tree(flags, values, order, start, stop, left, width, factor, clipvalue, sums)
                     total = sums[level, :width]
                     for c in range(width):
                         run[c] = total[c]
@@ -253,8 +233,9 @@ def row_sums(rule: Rule) -> Callable[..., None]:
 
     values (n, row_size) contiguous and of the compute type; the rest as in ``numpy.row_sums``.
     """
+    clips = Flags(*rule.flags[:2])  # nothing else matters to a sum
     with _compiling:
-        kernel = _row_sums(rule.flags, rule.compute)
+        kernel = _row_sums(tuple(clips), rule.compute)
     clipvalue = rule.scalars[-1]
 
     def loop(values: Array, order: Array, starts: Array, factor: Any, out: Array) -> None:
@@ -268,16 +249,13 @@ def _levels(row_size: int, compute: np.dtype[Any]) -> Array:
 
 
 @cache
-def _rows(flags: Flags, compute: np.dtype[Any]) -> Any:
-    add_run, add_tree = _add_run(flags), _add_tree(flags)
-    apply = _apply(flags._replace(clip_value=False, clip_norm=False), compute)  # add_run has clipped
-    has_momentum, centered = flags.has_momentum, flags.centered
+def _rows(flags: tuple[bool, ...], compute: np.dtype[Any]) -> Any:
+    has_momentum, centered = flags[6], flags[5]
     scalar = numba.from_dtype(compute)
     table, positions = _array(scalar, 2), _array(types.int64, readonly=True)
-    signature = types.void(
-        table, _array(scalar, 2, readonly=True), table, table, table,
-        positions, positions, positions, scalar, _array(scalar), table,
-    )  # fmt: skip
+    values = _array(scalar, 2, readonly=True)
+    tables = (table, values, table, table, table)
+    signature = types.void(*tables, positions, positions, positions, scalar, _array(scalar), table)
 
     @_jit(signature)
     def rows_(var, values, rms, mom, mg, order, rows, starts, factor, scalars, sums):  # type: ignore[no-untyped-def]
@@ -289,14 +267,20 @@ def _rows(flags: Flags, compute: np.dtype[Any]) -> Any:
             for k in range(rows.size):
                 row, start, stop, level = rows[k], starts[k], starts[k + 1], 0
                 if stop - start <= FAN_IN:
-                    add_run(values, order, start, stop, left, factor, clipvalue, run)
+                    add_run(flags, values, order, start, stop, left, factor, clipvalue, run)
                 else:
-                    level = add_tree(values, order, start, stop, left, width, factor, clipvalue, sums)
-                apply(
-                    var[row, left:right], sums[level, :width], rms[row, left:right],
+                    level = add_tree(flags, values, order, start, stop, left, width, factor, clipvalue, sums)
+                update_all(
+                    flags,
+                    False,
+                    var[row, left:right],
+                    sums[level, :width],
+                    rms[row, left:right],
                     mom[row, left:right] if has_momentum else unused,
-                    mg[row, left:right] if centered else unused, factor, scalars,
-                )  # fmt: skip
+                    mg[row, left:right] if centered else unused,
+                    factor,
+                    scalars,
+                )
 
     return rows_
 
@@ -307,7 +291,7 @@ def rows(rule: Rule) -> Callable[..., None]:
     Tables (n, row_size) and values contiguous and of the compute type; order, rows, starts from ``sort_rows``.
     """
     with _compiling:
-        kernel = _rows(rule.flags, rule.compute)
+        kernel = _rows(tuple(rule.flags), rule.compute)
     scalars = rule.scalars
 
     def loop(

@@ -1,51 +1,74 @@
 """Arrays of one call that share memory: gradients are values from before the call, updates happen in order.
 
 Both matter in practice: ``apply_gradients([(b, a), (a, b)])`` is the hand-written gradient of a product, and views of
-one flat buffer are common. Arrays that share memory share its owner, so calls without shared owners, nearly all, cost
-one set lookup per array.
+one flat buffer are common. Whether arrays may share memory at all is a question of their owners, one look-up each;
+only where owners meet are addresses compared.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from gpurms.slots import Entry, memory_owner
 from gpurms.variable import Array
 
+Pair = tuple[Entry, Array, Array | None]
+"""A variable and its checked gradient: dense, or the values of rows and their indices."""
 
-def detached(grad: Array, entry: Entry, dense: bool, entries: Sequence[Entry]) -> Array:
-    """The gradient of ``entry``, copied if the updates of ``entries`` would change it before it is used up.
+Span = tuple[int, int]  # first address, address behind the last
 
-    A dense gradient that is the array of its own variable, once in the call, is safe: each element is read before it
-    is written.
+
+def detach(pairs: list[Pair], owners: set[int]) -> list[Pair]:
+    """The pairs with copies of those gradients that the updates of the call would change before they are used up.
+
+    ``owners`` are those of all memory that the call writes to.
     """
-    owner, home = memory_owner(grad), entry.backend
-    span = (id(owner), *home.bounds(grad))
-    safe = dense and home.key(grad) == entry.key and sum(other is entry for other in entries) == 1
-    for other in entries:
-        is_slot = any(memory_owner(slot._array) is owner for slot in other.slots.values())
-        overlaps = _overlap(span, (id(other.owner), *home.bounds(other.view)))
-        if is_slot or (overlaps and not (safe and other is entry)):
-            return grad.copy()
-    return grad
+    if not any(memory_owner(grad) in owners for _, grad, _ in pairs):
+        return pairs
+    entries = [entry for entry, _, _ in pairs]
+    written = sorted({span for entry in entries for span in _written(entry)})
+    starts = [start for start, _ in written]
+    ends = list(accumulate((end for _, end in written), max))
+    detached = []
+    for entry, grad, indices in pairs:
+        span = entry.backend.bounds(grad)
+        before = bisect_left(starts, span[1])
+        if before and ends[before - 1] > span[0] and not _reads_itself(entry, grad, indices, entries):
+            grad = grad.copy()
+        detached.append((entry, grad, indices))
+    return detached
+
+
+def _written(entry: Entry) -> list[Span]:
+    return [entry.bounds, *(entry.backend.bounds(slot._array) for slot in entry.slots.values())]
+
+
+def _reads_itself(entry: Entry, grad: Array, indices: Array | None, entries: Sequence[Entry]) -> bool:
+    """A dense gradient that is just its variable's array is safe: each element is read before it is written."""
+    others = (_written(other) for other in entries if other is not entry)
+    return (
+        indices is None
+        and entry.backend.key(grad) == entry.key
+        and sum(other is entry for other in entries) == 1
+        and not any(_overlap(span, entry.bounds) for spans in others for span in spans)
+    )
 
 
 def rounds(entries: Sequence[Entry]) -> list[int]:
     """For each update of a call the round in which it may run: later than those before it on the same memory."""
-    if len({id(entry.owner) for entry in entries}) == len(entries):
+    if len({entry.owner for entry in entries}) == len(entries):
         return [0] * len(entries)
-    bounds = [(id(entry.owner), *entry.backend.bounds(entry.view)) for entry in entries]
-    by_address = sorted(bounds)
+    by_address = sorted(entry.bounds for entry in entries)
     if not any(_overlap(a, b) for a, b in pairwise(by_address)):
         return [0] * len(entries)
     numbers: list[int] = []
-    for i, span in enumerate(bounds):
-        before = (numbers[j] for j in range(i) if _overlap(bounds[j], span))
+    for i, entry in enumerate(entries):
+        before = (numbers[j] for j in range(i) if entries[j] is entry or _overlap(entries[j].bounds, entry.bounds))
         numbers.append(max(before, default=-1) + 1)
     return numbers
 
 
-def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
-    """Whether two (owner, first address, address behind the last) share memory."""
-    return a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+def _overlap(a: Span, b: Span) -> bool:
+    return a[0] < b[1] and b[0] < a[1]

@@ -7,11 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from gpurms import aliasing, backend
-from gpurms.slots import Entry, Slots, array_of, label, memory_owner
+from gpurms.aliasing import Pair
+from gpurms.slots import Entry, Slots, array_of, label
 from gpurms.variable import Array, IndexedSlices, Variable
-
-Pair = tuple[Entry, Array, Array | None]
-"""A variable and its checked gradient: dense, or the values of rows and their indices."""
 
 
 def read_pairs(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
@@ -44,8 +42,7 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
         if entry is None:
             entry = Entry(variable, label(variable, position))
             entry = made.setdefault(entry.key, entry)
-        if not entry.backend.writeable(entry.array):
-            raise TypeError(f"{label(variable, position)}: expected a writeable array; got a read-only one")
+        _check_writeable(entry, variable, position)
         if grad is None:
             missing.append(label(variable, position))
         elif isinstance(grad, IndexedSlices):
@@ -60,7 +57,16 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
             UserWarning,
             stacklevel=3,
         )
-    return _detach(slots, made.values(), pairs)
+    return aliasing.detach(pairs, slots.owners | {entry.owner for entry in made.values()} if made else slots.owners)
+
+
+def _check_writeable(entry: Entry, variable: Any, position: int) -> None:
+    writeable = entry.backend.writeable
+    if not writeable(entry.array):
+        raise TypeError(f"{label(variable, position)}: expected a writeable array; got a read-only one")
+    for name, slot in entry.slots.items():
+        if not writeable(slot._array):
+            raise TypeError(f"{label(variable, position)}: its slot {name!r} has been made read-only")
 
 
 def _dense(entry: Entry, variable: Any, grad: Any, position: int) -> Pair:
@@ -117,17 +123,3 @@ def _sparse(entry: Entry, variable: Any, grad: IndexedSlices, position: int) -> 
     if outside is not None:
         raise IndexError(f"{where}: index {int(indices[outside])} at offset {outside} is outside [0, {entry.shape[0]})")
     return entry, values, indices
-
-
-def _detach(slots: Slots, made: Iterable[Entry], pairs: list[Pair]) -> list[Pair]:
-    """The pairs with gradients that no update of the call writes to; nearly always the pairs as they are."""
-    owners = slots.owners | {id(entry.owner) for entry in made} if made else slots.owners
-    if not any(id(grad if grad.base is None else memory_owner(grad)) in owners for _, grad, _ in pairs):
-        return pairs
-    entries = [entry for entry, _, _ in pairs]
-    return [
-        (entry, aliasing.detached(grad, entry, indices is None, entries), indices)
-        if id(memory_owner(grad)) in owners
-        else (entry, grad, indices)
-        for entry, grad, indices in pairs
-    ]

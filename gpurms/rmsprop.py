@@ -183,7 +183,7 @@ class RMSprop:
         new_slots = step.missing_slots(self, pairs, now.flags)
         apply = step.plan(self, pairs, now, new_slots)
 
-        counter = self.iterations
+        counter = self._writeable_counter()
         for entry, slot_name, slot in new_slots:
             self._slots.adopt(entry)
             self._slots.add(entry, slot_name, slot)
@@ -278,8 +278,8 @@ class RMSprop:
                 "Cannot set `iterations` to a new Variable after the Optimizer weights have been created; "
                 "use `iterations.assign`"
             )
-        if not isinstance(variable, Variable) or variable.shape != () or variable.dtype.kind not in "iu":
-            raise TypeError(f"iterations must be a 0-d integer Variable; got {variable!r}")
+        if not isinstance(variable, Variable) or variable.shape != () or variable.dtype != np.int64:
+            raise TypeError(f"iterations must be a 0-d int64 Variable; got {variable!r}")
         self._set_counter(variable)
 
     @property
@@ -447,6 +447,12 @@ class RMSprop:
     def _set_counter(self, variable: Variable) -> None:
         self._iterations = variable
         self._slots.set_counter(variable)
+
+    def _writeable_counter(self) -> Variable:
+        counter = self.iterations
+        if not backend.require(counter._array).writeable(counter._array):
+            raise TypeError("iterations has been made read-only")
+        return counter
 
     def _count(self) -> np.int64:
         return np.int64(0) if self._iterations is None else np.int64(self._iterations.numpy())

@@ -20,6 +20,7 @@ class Entry:
         "accepts",
         "array",
         "backend",
+        "bounds",
         "compute",
         "dtype",
         "key",
@@ -48,7 +49,8 @@ class Entry:
         self.accepts = {self.dtype, FLOAT32, FLOAT64} if self.dtype.itemsize == 2 else {self.dtype}
         self.view = home.view(self.array)
         self.key = home.key(self.array)
-        self.owner = memory_owner(self.array)
+        self.owner = memory_owner(self.view)
+        self.bounds = home.bounds(self.view)
         self.slots: dict[str, Variable] = {}
         self.update: Update | None = None  # of the latest step, for the next one to fill in again
 
@@ -62,11 +64,17 @@ def array_of(variable: Any) -> Any:
     return variable._array if isinstance(variable, Variable) else variable
 
 
-def memory_owner(array: Array) -> Any:
-    """The object at the end of an array's chain of bases: arrays that share memory share it."""
-    while getattr(array, "base", None) is not None:
-        array = array.base
-    return array
+def memory_owner(array: Array) -> int:
+    """Equal for arrays that may share memory: the id of the array that owns it, or 0 for all memory that none owns.
+
+    Memory from outside (buffers, memory maps, tensors of other libraries) may come with a new owner at every export.
+    """
+    kind = type(array)
+    while (base := array.base) is not None:
+        if not isinstance(base, kind) and backend.of(base) is None:
+            return 0
+        array = base
+    return id(array)
 
 
 def label(variable: Any, position: int | None = None) -> str:
@@ -89,7 +97,7 @@ class Slots:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.weights: list[Variable] = []
-        self.owners: set[int] = set()  # ids of the owners of all memory that steps write to
+        self.owners: set[int] = set()  # of all memory that steps write to
         self._entries: dict[Any, Entry] = {}
         self._by_id: dict[int, Entry] = {}
         self._before_counter: list[Variable] = []
@@ -107,13 +115,13 @@ class Slots:
         """Add an entry; known ones stay."""
         if self._entries.setdefault(entry.key, entry) is entry:
             self._by_id[id(entry.array)] = entry
-            self.owners.add(id(entry.owner))
+            self.owners.add(entry.owner)
 
     def add(self, entry: Entry, name: str, slot: Variable) -> None:
         """Add a slot to an adopted entry."""
         entry.slots[name] = slot
         entry.update = None
-        self.owners.add(id(memory_owner(slot._array)))
+        self.owners.add(memory_owner(slot._array))
         if name not in self.names:
             self.names.append(name)
         (self.weights if self.weights else self._before_counter).append(slot)
@@ -143,4 +151,4 @@ class Slots:
                     entry = Entry(each, label(each))
                     entry.slots = slots
                     self.adopt(entry)
-            self.owners.update(id(memory_owner(slot._array)) for slot in slots.values())
+            self.owners.update(memory_owner(slot._array) for slot in slots.values())

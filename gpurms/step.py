@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpurms import aliasing, clipping
+from gpurms.aliasing import Pair
 from gpurms.backend import Backend
-from gpurms.gradients import Pair
 from gpurms.kernels.rule import Flags, Rule, Step, Update
 from gpurms.slots import Entry
 from gpurms.variable import Variable
@@ -25,6 +25,8 @@ NewSlot = tuple[Entry, str, Variable]
 
 def read(optimizer: RMSprop, iterations: int) -> Step:
     """Every hyperparameter, read once and checked, for the step that follows ``iterations`` steps."""
+    if iterations < 0:
+        raise ValueError(f"iterations must be >= 0; got {iterations}")
     kind = type(optimizer)
     lr, rho, momentum, epsilon, decay = (
         setting.at(optimizer, iterations)

@@ -7,7 +7,6 @@ without any rule for it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -15,10 +14,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from gpurms import backend
+from gpurms.kernels.pool import fork_safe_lock
 from gpurms.slots import array_of, label
 from gpurms.variable import Array, IndexedSlices, Variable, recording
 
-_opening = threading.Lock()
+_opening = fork_safe_lock()
 
 
 class _Gathered(NamedTuple):

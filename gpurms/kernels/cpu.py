@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -43,7 +42,7 @@ class Engine(Protocol):
 
 
 _chosen: Engine | None = None
-_choosing = threading.RLock()
+_choosing = pool.fork_safe_lock()
 
 
 def engine() -> Engine:

@@ -8,7 +8,6 @@ gradients fit. Compiled code is cached on disk; a second process compiles nothin
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from numba import types
 
 from gpurms.kernels import numpy as fallback
+from gpurms.kernels import pool
 from gpurms.kernels.numpy import FAN_IN, LANES, Array
 from gpurms.kernels.rule import Flags, Rule
 
@@ -28,7 +28,7 @@ LEVELS = 8  # of sums by 32: more than 2**40 occurrences of one row
 # Numba finds a cached kernel by its closure's values. Those are plain tuples here; functions among them would be new in
 # every process, so all functions that kernels call are globals.
 
-_compiling = threading.Lock()
+_compiling = pool.fork_safe_lock()
 
 
 def _jit(signature: Any, **options: Any) -> Callable[[Any], Any]:

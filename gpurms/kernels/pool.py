@@ -16,7 +16,16 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_lock = threading.Lock()
+
+def fork_safe_lock() -> threading.RLock:
+    """A lock that no child of ``os.fork`` finds held: a fork waits until it is free."""
+    lock = threading.RLock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    return lock
+
+
+_lock = fork_safe_lock()
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -68,8 +77,7 @@ def _submit(task: Callable[[], None], count: int) -> list[Future[None]]:
 
 
 def _forget_pool() -> None:
-    global _lock, _pool
-    _lock = threading.Lock()
+    global _pool
     _pool = None
 
 

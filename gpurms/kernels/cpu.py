@@ -1,8 +1,8 @@
 """NumPy arrays: variables cut into blocks, blocks put on threads, each block handed to an engine.
 
 The engine is Numba where it is installed, else NumPy; ``GPURMS_ENGINE=auto|numpy|numba`` forces one. Both give the same
-bits. Arrays that are contiguous and of the compute type go to the engine as they are; the rest pass block by block
-through buffers of the compute type.
+bits. Contiguous arrays of a type that the engine takes go to it as they are; the rest pass block by block through
+buffers of the compute type.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ SUM_CHUNK = 1 << 16
 ENGINES = ("auto", "numpy", "numba")
 
 
+Types = tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any]]  # of variable, gradient and slots
+
+
 class Engine(Protocol):
     """What ``numpy.py`` and ``numba.py`` provide. ``rows`` is None where sums and update are separate passes."""
 
-    dense: Callable[[Flags, np.dtype[Any]], Callable[..., None]]
-    row_sums: Callable[[Rule], Callable[..., None]]
-    rows: Callable[[Rule], Callable[..., None]] | None
+    storage: Callable[[np.dtype[Any], np.dtype[Any]], np.dtype[Any] | None]
+    dense: Callable[[Flags, np.dtype[Any], Types], Callable[..., None]]
+    row_sums: Callable[[Rule, np.dtype[Any]], Callable[..., None]]
+    rows: Callable[[Rule, Types], Callable[..., None]] | None
     sort_rows: Callable[[Array], tuple[Array, Array, Array]]
     square_sum: Callable[[Array], np.float64]
 
@@ -127,28 +131,29 @@ def _call(unit: Unit) -> None:
 
 def _plan_dense(updates: Sequence[Update]) -> Callable[[], None]:
     """One unit for each small update, on this thread; units of one chunk for large ones, on all threads."""
-    make = engine().dense
-    rule: Rule | None = None
+    chosen = engine()
+    kernels: dict[Any, Callable[..., None]] = {}
     small: list[Unit] = []
     chunks: list[Unit] = []
     for update in updates:
-        if update.rule is not rule:
-            rule = update.rule
-            scalars = rule.scalars
-            compute = scalars.dtype
-            kernel = make(rule.flags, compute)
-            one = compute.type(1)
-        factor = one if update.factor is None else update.factor
-        if update.prepared is None:
-            update.prepared = _flat_state(update)
-        n, state = update.prepared
-        grad = None if state is None else _flat(update.grad, compute)
+        rule = update.rule
+        state = update.prepared
+        if state is None or state.engine is not chosen:
+            state = update.prepared = _State(update, chosen)
+        factor = state.one if update.factor is None else update.factor
+        grad = _flat(update.grad, state.compute, chosen) if state.views else None
+        key = (id(rule), state.key, None if grad is None else grad.dtype)
+        kernel = kernels.get(key)
+        if kernel is None:
+            types = state.types(grad)
+            kernel = kernels[key] = chosen.dense(rule.flags, state.compute, types)
+        n, scalars = state.size, rule.scalars
         if grad is None:
             spans = [(lo, min(lo + CHUNK, n)) for lo in range(0, n, CHUNK)]
             units: list[Unit] = [(_strided, (kernel, update, lo, hi, factor, scalars)) for lo, hi in spans]
             (small if n <= SMALL else chunks).extend(units)
             continue
-        var, rms, mom, mg = state
+        var, rms, mom, mg = state.views
         if n <= SMALL:
             small.append((kernel, (var, grad, rms, mom, mg, factor, scalars)))
         else:
@@ -165,26 +170,54 @@ def _plan_dense(updates: Sequence[Update]) -> Callable[[], None]:
     return apply
 
 
+class _State:
+    """What stays the same from step to step: variable and slots as an engine takes them.
+
+    ``views`` are 1-D and of the engine's types; empty if one of the arrays is strided, unaligned or of another type.
+    """
+
+    __slots__ = ("compute", "engine", "key", "one", "size", "views")
+
+    def __init__(self, update: Update, chosen: Engine) -> None:
+        self.engine = chosen
+        self.compute = compute = update.rule.compute
+        self.one = compute.type(1)
+        self.size: int = update.var.size
+        slots = [slot for slot in (update.rms, update.mom, update.mg) if slot is not None]
+        views = [_flat(array, compute, chosen) for array in (update.var, *slots)]
+        types = {slot.dtype for slot in slots}
+        self.views: tuple[Array, ...] = ()
+        self.key: Any = None
+        if len(types) == 1 and not any(view is None for view in views):
+            var, rms, *rest = cast(list[Array], views)
+            absent = np.empty(0, rms.dtype)
+            mom = rest.pop(0) if update.mom is not None else absent
+            mg = rest.pop(0) if update.mg is not None else absent
+            self.views = (var, rms, mom, mg)
+            self.key = (var.dtype, rms.dtype)
+
+    def types(self, grad: Array | None) -> Types:
+        """Of the arrays that the kernel will see; through buffers, all are of the compute type."""
+        if grad is None:
+            return self.compute, self.compute, self.compute
+        var, rms, _, _ = self.views
+        return var.dtype, grad.dtype, rms.dtype
+
+
 _ABSENT: dict[np.dtype[Any], Array] = {FLOAT32: np.empty(0, FLOAT32), FLOAT64: np.empty(0, FLOAT64)}
 
 
-def _flat_state(update: Update) -> tuple[int, tuple[Array, ...] | None]:
-    """Size, and variable and slots as 1-D views, or None if one of them is strided, unaligned or of another type."""
-    compute = update.rule.compute
-    views: list[Array] = []
-    for array in (update.var, update.rms, update.mom, update.mg):
-        view = _ABSENT[compute] if array is None else _flat(array, compute)
-        if view is None:
-            return update.var.size, None
-        views.append(view)
-    return update.var.size, tuple(views)
-
-
-def _flat(array: Array, compute: np.dtype[Any]) -> Array | None:
-    """A 1-D view of a contiguous, aligned array of the compute type, or None."""
+def _flat(array: Array, compute: np.dtype[Any], chosen: Engine) -> Array | None:
+    """A 1-D view of a contiguous, aligned array of a type that the engine takes, or None."""
     flags = array.flags
-    if array.dtype != compute or not flags.c_contiguous or not flags.aligned:
+    if not flags.c_contiguous or not flags.aligned:
         return None
+    dtype = array.dtype
+    if dtype != compute:
+        taken = chosen.storage(dtype, compute)
+        if taken is None:
+            return None
+        array = array.view(taken)
     return array if array.ndim == 1 else array.reshape(-1)
 
 
@@ -241,28 +274,28 @@ def _plan_rows(update: Update) -> Callable[[], None]:
         return lambda: None
     rule, chosen = update.rule, engine()
     compute = rule.compute
-    factor = update.factor if update.factor is not None else compute.type(1)
+    factor = compute.type(1) if update.factor is None else update.factor
     order, rows, starts = chosen.sort_rows(update.indices)
     row_size = update.var.size // update.var.shape[0]
-    values = update.grad.reshape(order.size, row_size)
     ranges = _row_ranges(starts, row_size)
-    tables = _flat_tables(update, row_size)
-    if chosen.rows is not None:
-        values = np.ascontiguousarray(values, dtype=compute)
-        if not values.flags.aligned:
-            values = values.copy()
-        if tables is not None:
-            kernel = chosen.rows(rule)
+    values = _flat(update.grad, compute, chosen)
+    if values is None:
+        values = np.ascontiguousarray(update.grad.astype(compute)).reshape(-1)
+    values = values.reshape(order.size, row_size)
 
-            def fused(span: slice) -> None:
-                ends = slice(span.start, span.stop + 1)
-                var, rms, mom, mg = tables
-                kernel(var, values, rms, mom, mg, order, rows[span], starts[ends], factor)
+    state = _State(update, chosen)
+    if chosen.rows is not None and state.views:
+        kernel = chosen.rows(rule, state.types(values))
+        var, rms, mom, mg = (view.reshape(-1, row_size) for view in state.views)
 
-            return lambda: pool.run(fused, ranges)
+        def fused(span: slice) -> None:
+            ends = starts[span.start : span.stop + 1]
+            kernel(var, values, rms, mom, mg, order, rows[span], ends, factor)
+
+        return lambda: pool.run(fused, ranges)
 
     sums = np.empty((rows.size, row_size), compute)
-    add = chosen.row_sums(rule)
+    add = chosen.row_sums(rule, values.dtype)
 
     def sum_range(span: slice) -> None:
         first = starts[span.start]
@@ -271,7 +304,7 @@ def _plan_rows(update: Update) -> Callable[[], None]:
 
     pool.run(sum_range, ranges)
     flags = rule.flags._replace(clip_value=False, clip_norm=False)  # the sums are of clipped values
-    dense = chosen.dense(flags, compute)
+    dense = chosen.dense(flags, compute, (compute, compute, compute))
     return lambda: pool.run(lambda span: _update_rows(dense, update, rows[span], sums[span]), ranges)
 
 
@@ -282,20 +315,6 @@ def _row_ranges(starts: Array, row_size: int) -> list[slice]:
     cuts = np.searchsorted(starts, np.linspace(0, n_values, n_units + 1))
     cuts[-1] = n_rows
     return [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts) if lo < hi]
-
-
-def _flat_tables(update: Update, row_size: int) -> list[Array] | None:
-    """Variable and slots as contiguous (rows, row_size) views of the compute type, or None."""
-    compute = update.rule.compute
-    views: list[Array] = []
-    for array in (update.var, update.rms, update.mom, update.mg):
-        if array is None:
-            views.append(_ABSENT[compute].reshape(0, 0))
-        elif array.dtype != compute or not array.flags.c_contiguous or not array.flags.aligned:
-            return None
-        else:
-            views.append(array.reshape(-1, row_size))
-    return views
 
 
 def _update_rows(dense: Callable[..., None], update: Update, rows: Array, sums: Array) -> None:

@@ -16,47 +16,19 @@ import numba
 import numpy as np
 from numba import types
 
-from gpurms.kernels import numpy as fallback
-from gpurms.kernels import pool
+from gpurms.kernels.jit import compiling, contiguous, inline, jit
 from gpurms.kernels.numpy import FAN_IN, LANES, Array
-from gpurms.kernels.rule import Flags, Rule
+from gpurms.kernels.radix import sort_rows as sort_rows
+from gpurms.kernels.rule import FLOAT32, FLOAT64, Flags, Rule
+from gpurms.kernels.storage import VIEWS, narrow, widen
 
 COLUMNS = 1024
 """Columns of a row that are summed at once: seven levels of them stay in the cache whatever the row size."""
 LEVELS = 8  # of sums by 32: more than 2**40 occurrences of one row
 
-# Numba finds a cached kernel by its closure's values. Those are plain tuples here; functions among them would be new in
-# every process, so all functions that kernels call are globals.
 
-_compiling = pool.fork_safe_lock()
-
-
-def _jit(signature: Any, **options: Any) -> Callable[[Any], Any]:
-    """``numba.njit`` as this module needs it, cached on disk where a cache folder can be written."""
-
-    def compile_(function: Any) -> Any:
-        options_ = {"nogil": True, "error_model": "numpy", **options}
-        try:
-            return numba.njit(signature, cache=True, **options_)(function)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            return numba.njit(signature, **options_)(function)
-
-    return compile_
-
-
-def _inline(function: Any) -> Any:
-    """For the bodies of the loops: LLVM inlines them into each kernel and folds the flags ``on``, constants there."""
-    return numba.njit(error_model="numpy", forceinline=True)(function)
-
-
-def _array(dtype: Any, ndim: int = 1, readonly: bool = False) -> types.Array:
-    return types.Array(dtype, ndim, "C", readonly=readonly)
-
-
-@_inline
-def load(on, g, factor, clipvalue):  # type: ignore[no-untyped-def]
+@inline
+def load(on, g, factor, clipvalue):
     """One gradient value as the rule takes it: limited to [-clipvalue, clipvalue] and times the clip factor."""
     clip_value, clip_norm = on[0], on[1]
     if clip_value:
@@ -69,8 +41,8 @@ def load(on, g, factor, clipvalue):  # type: ignore[no-untyped-def]
     return g
 
 
-@_inline
-def update(on, g, var, rms, mom, mg, scalars):  # type: ignore[no-untyped-def]
+@inline
+def update(on, g, var, rms, mom, mg, scalars):
     """THE rule, of scalars: returns var, rms, mom, mg. Each line is as in ``numpy.update``."""
     _, _, maximize, l2, decoupled, centered, has_momentum, nesterov, eps_in_sqrt, lr_in_momentum = on
     lr, one_minus_rho, momentum, epsilon, weight_decay, lr_weight_decay, zero = scalars
@@ -107,45 +79,47 @@ def update(on, g, var, rms, mom, mg, scalars):  # type: ignore[no-untyped-def]
     return var - step, rms, mom, mg
 
 
-@_inline
-def update_all(on, clip, var, grad, rms, mom, mg, factor, scalars):  # type: ignore[no-untyped-def]
-    """The rule over 1-D arrays: the loop of dense variables and of rows; gradients are clipped if ``clip``."""
+@inline
+def update_all(on, clip, var, grad, rms, mom, mg, factor, scalars):
+    """The rule over 1-D arrays of any storage type, the loop of dense variables and of rows; clips if ``clip``."""
     has_momentum, centered = on[6], on[5]
     zero = scalars.dtype.type(0)
     numbers = (scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], zero)
     clipvalue = scalars[6]
     for i in range(var.size):
+        g = widen(grad[i], zero)
         new_var, new_rms, new_mom, new_mg = update(
             on,
-            load(on, grad[i], factor, clipvalue) if clip else grad[i],
-            var[i],
-            rms[i],
-            mom[i] if has_momentum else zero,
-            mg[i] if centered else zero,
+            load(on, g, factor, clipvalue) if clip else g,
+            widen(var[i], zero),
+            widen(rms[i], zero),
+            widen(mom[i], zero) if has_momentum else zero,
+            widen(mg[i], zero) if centered else zero,
             numbers,
         )
-        var[i] = new_var
-        rms[i] = new_rms
+        var[i] = narrow(new_var, var[i])
+        rms[i] = narrow(new_rms, rms[i])
         if has_momentum:
-            mom[i] = new_mom
+            mom[i] = narrow(new_mom, mom[i])
         if centered:
-            mg[i] = new_mg
+            mg[i] = narrow(new_mg, mg[i])
 
 
-@_inline
-def add_run(on, values, order, start, stop, left, factor, clipvalue, run):  # type: ignore[no-untyped-def]
+@inline
+def add_run(on, values, order, start, stop, left, factor, clipvalue, run):
     """Sum of up to 32 values of one row over columns [left, left + run.size), left to right, into ``run``."""
+    zero = run.dtype.type(0)
     value = values[order[start], left : left + run.size]
     for c in range(run.size):
-        run[c] = load(on, value[c], factor, clipvalue)
+        run[c] = load(on, widen(value[c], zero), factor, clipvalue)
     for i in range(start + 1, stop):
         value = values[order[i], left : left + run.size]
         for c in range(run.size):
-            run[c] += load(on, value[c], factor, clipvalue)
+            run[c] += load(on, widen(value[c], zero), factor, clipvalue)
 
 
 @numba.njit(error_model="numpy")
-def carry(sums, level, item, width):  # type: ignore[no-untyped-def]
+def carry(sums, level, item, width):
     """Add the finished run ``sums[level]`` to the level above as its item-th, making room there first."""
     top = level + 1
     while item > 0 and item % FAN_IN == 0:
@@ -161,7 +135,7 @@ def carry(sums, level, item, width):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(error_model="numpy")
-def add_tree(on, values, order, start, stop, left, width, factor, clipvalue, sums):  # type: ignore[no-untyped-def]
+def add_tree(on, values, order, start, stop, left, width, factor, clipvalue, sums):
     """Sum of a row that occurs more than 32 times, left in ``sums[level]``; returns that level.
 
     ``sums[k]`` holds the run being added at level k: up to 32 values at level 0, up to 32 sums of level k - 1 above.
@@ -182,35 +156,53 @@ def add_tree(on, values, order, start, stop, left, width, factor, clipvalue, sum
     return level
 
 
-@cache
-def _dense(flags: tuple[bool, ...], compute: np.dtype[Any]) -> Any:
-    scalar = numba.from_dtype(compute)
-    array = _array(scalar)
-    signature = types.void(array, _array(scalar, readonly=True), array, array, array, scalar, array)
+def storage(dtype: np.dtype[Any], compute: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The type under which the kernels take arrays of ``dtype``, or None if they do not.
 
-    @_jit(signature)
-    def dense(var, grad, rms, mom, mg, factor, scalars):  # type: ignore[no-untyped-def]
+    Not 16-bit slots of float64 variables: their values would be rounded twice on the way through float32.
+    """
+    if dtype in (FLOAT32, FLOAT64):
+        return dtype
+    return VIEWS.get(dtype.name) if compute == FLOAT32 else None
+
+
+Types = tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any]]
+
+
+@cache
+def _dense(flags: tuple[bool, ...], compute: np.dtype[Any], storages: Types) -> Any:
+    scalar = numba.from_dtype(compute)
+    var_type, grad_type, slot_type = map(numba.from_dtype, storages)
+    slot = contiguous(slot_type)
+    grad = contiguous(grad_type, readonly=True)
+    signature = types.void(contiguous(var_type), grad, slot, slot, slot, scalar, contiguous(scalar))
+
+    @jit(signature, flags, (compute, *storages))
+    def dense(var, grad, rms, mom, mg, factor, scalars):
         update_all(flags, True, var, grad, rms, mom, mg, factor, scalars)
 
     return dense
 
 
-def dense(flags: Flags, compute: np.dtype[Any]) -> Callable[..., None]:
-    """``f(var, grad, rms, mom, mg, factor, scalars)``: one update of 1-D contiguous arrays of the compute type."""
-    with _compiling:
-        kernel: Callable[..., None] = _dense(tuple(flags), compute)
+def dense(flags: Flags, compute: np.dtype[Any], storages: Types) -> Callable[..., None]:
+    """``f(var, grad, rms, mom, mg, factor, scalars)``: one update of 1-D contiguous arrays, in place.
+
+    ``storages`` are the types of variable, gradient and slots, as ``storage`` names them.
+    """
+    with compiling:
+        kernel: Callable[..., None] = _dense(tuple(flags), compute, storages)
     return kernel
 
 
 @cache
-def _row_sums(flags: tuple[bool, ...], compute: np.dtype[Any]) -> Any:
+def _row_sums(flags: tuple[bool, ...], compute: np.dtype[Any], value_type: np.dtype[Any]) -> Any:
     scalar = numba.from_dtype(compute)
-    order = _array(types.int64, readonly=True)
-    table = _array(scalar, 2)
-    signature = types.void(_array(scalar, 2, readonly=True), order, order, scalar, scalar, table, table)
+    order = contiguous(types.int64, readonly=True)
+    table, values = contiguous(scalar, 2), contiguous(numba.from_dtype(value_type), 2, readonly=True)
+    signature = types.void(values, order, order, scalar, scalar, table, table)
 
-    @_jit(signature)
-    def row_sums(values, order, starts, factor, clipvalue, sums, out):  # type: ignore[no-untyped-def]
+    @jit(signature, flags, (compute, value_type))
+    def row_sums(values, order, starts, factor, clipvalue, sums, out):
         n_rows, row_size = out.shape
         for left in range(0, row_size, COLUMNS):
             width = min(COLUMNS, row_size - left)
@@ -228,14 +220,14 @@ def _row_sums(flags: tuple[bool, ...], compute: np.dtype[Any]) -> Any:
     return row_sums
 
 
-def row_sums(rule: Rule) -> Callable[..., None]:
+def row_sums(rule: Rule, value_type: np.dtype[Any]) -> Callable[..., None]:
     """``f(values, order, starts, factor, out)``: ``out[k]`` = sum of the values of the k-th row, in tree order.
 
-    values (n, row_size) contiguous and of the compute type; the rest as in ``numpy.row_sums``.
+    values (n, row_size) contiguous and of a storage type; the rest as in ``numpy.row_sums``.
     """
     clips = Flags(*rule.flags[:2])  # nothing else matters to a sum
-    with _compiling:
-        kernel = _row_sums(tuple(clips), rule.compute)
+    with compiling:
+        kernel = _row_sums(tuple(clips), rule.compute, value_type)
     clipvalue = rule.scalars[-1]
 
     def loop(values: Array, order: Array, starts: Array, factor: Any, out: Array) -> None:
@@ -249,21 +241,21 @@ def _levels(row_size: int, compute: np.dtype[Any]) -> Array:
 
 
 @cache
-def _rows(flags: tuple[bool, ...], compute: np.dtype[Any]) -> Any:
+def _rows(flags: tuple[bool, ...], compute: np.dtype[Any], storages: Types) -> Any:
     has_momentum, centered = flags[6], flags[5]
     scalar = numba.from_dtype(compute)
-    table, positions = _array(scalar, 2), _array(types.int64, readonly=True)
-    values = _array(scalar, 2, readonly=True)
-    tables = (table, values, table, table, table)
-    signature = types.void(*tables, positions, positions, positions, scalar, _array(scalar), table)
+    var_type, value_type, slot_type = map(numba.from_dtype, storages)
+    slot, positions = contiguous(slot_type, 2), contiguous(types.int64, readonly=True)
+    tables = (contiguous(var_type, 2), contiguous(value_type, 2, readonly=True), slot, slot, slot)
+    signature = types.void(*tables, positions, positions, positions, scalar, contiguous(scalar), contiguous(scalar, 2))
 
-    @_jit(signature)
-    def rows_(var, values, rms, mom, mg, order, rows, starts, factor, scalars, sums):  # type: ignore[no-untyped-def]
+    @jit(signature, flags, (compute, *storages))
+    def rows_(var, values, rms, mom, mg, order, rows, starts, factor, scalars, sums):
         row_size, clipvalue = var.shape[1], scalars[6]
         for left in range(0, row_size, COLUMNS):
             right = min(left + COLUMNS, row_size)
             width = right - left
-            run = unused = sums[0, :width]
+            run = sums[0, :width]
             for k in range(rows.size):
                 row, start, stop, level = rows[k], starts[k], starts[k + 1], 0
                 if stop - start <= FAN_IN:
@@ -276,8 +268,8 @@ def _rows(flags: tuple[bool, ...], compute: np.dtype[Any]) -> Any:
                     var[row, left:right],
                     sums[level, :width],
                     rms[row, left:right],
-                    mom[row, left:right] if has_momentum else unused,
-                    mg[row, left:right] if centered else unused,
+                    mom[row, left:right] if has_momentum else rms[row, left:right],
+                    mg[row, left:right] if centered else rms[row, left:right],
                     factor,
                     scalars,
                 )
@@ -285,13 +277,14 @@ def _rows(flags: tuple[bool, ...], compute: np.dtype[Any]) -> Any:
     return rows_
 
 
-def rows(rule: Rule) -> Callable[..., None]:
+def rows(rule: Rule, storages: Types) -> Callable[..., None]:
     """``f(var, values, rms, mom, mg, order, rows, starts, factor)``: sums and update of rows in one pass, in place.
 
-    Tables (n, row_size) and values contiguous and of the compute type; order, rows, starts from ``sort_rows``.
+    Tables (n, row_size) and values contiguous, of the ``storages`` of variable, values and slots; order, rows, starts
+    from ``sort_rows``.
     """
-    with _compiling:
-        kernel = _rows(tuple(rule.flags), rule.compute)
+    with compiling:
+        kernel = _rows(tuple(rule.flags), rule.compute, storages)
     scalars = rule.scalars
 
     def loop(
@@ -304,73 +297,17 @@ def rows(rule: Rule) -> Callable[..., None]:
     return loop
 
 
-def sort_rows(indices: Array) -> tuple[Array, Array, Array]:
-    """``order, rows, starts`` as ``numpy.sort_rows`` gives them, by a radix sort over the bits that the ids use.
-
-    Row and position share one 64-bit word; where they do not fit, NumPy sorts.
-    """
-    n = indices.size
-    position_bits, row_bits = n.bit_length(), int(indices.max()).bit_length()
-    if position_bits + row_bits > 63:
-        return fallback.sort_rows(indices)
-    with _compiling:
-        kernel = _sort_rows()
-    order, rows, starts = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n + 1, np.int64)
-    n_rows = kernel(indices.astype(np.int64), position_bits, row_bits, order, rows, starts)
-    return order, rows[:n_rows], starts[: n_rows + 1]
-
-
-@cache
-def _sort_rows() -> Any:
-    integers = _array(types.int64)
-    signature = types.int64(integers, types.int64, types.int64, integers, integers, integers)
-
-    @_jit(signature)
-    def sort_rows(words, position_bits, row_bits, order, rows, starts):  # type: ignore[no-untyped-def]
-        n = words.size
-        for i in range(n):
-            words[i] = (words[i] << position_bits) | i
-        other = np.empty(n, np.int64)
-        n_passes = (row_bits + 10) // 11
-        for nth in range(n_passes):
-            low = nth * row_bits // n_passes
-            digits = 1 << ((nth + 1) * row_bits // n_passes - low)
-            shift = position_bits + low
-            ends = np.zeros(digits + 1, np.int64)
-            for i in range(n):
-                ends[((words[i] >> shift) & (digits - 1)) + 1] += 1
-            for digit in range(digits):
-                ends[digit + 1] += ends[digit]
-            for i in range(n):
-                digit = (words[i] >> shift) & (digits - 1)
-                other[ends[digit]] = words[i]
-                ends[digit] += 1
-            words, other = other, words
-        n_rows = 0
-        for i in range(n):
-            row = words[i] >> position_bits
-            order[i] = words[i] & ((1 << position_bits) - 1)
-            if i == 0 or row != rows[n_rows - 1]:
-                rows[n_rows] = row
-                starts[n_rows] = i
-                n_rows += 1
-        starts[n_rows] = n
-        return n_rows
-
-    return sort_rows
-
-
 def square_sum(x: Array) -> np.float64:
     """Sum of squares of one contiguous chunk, as ``numpy.square_sum`` adds it."""
-    with _compiling:
+    with compiling:
         kernel = _square_sum(x.dtype)
     return np.float64(kernel(x))
 
 
 @cache
 def _square_sum(compute: np.dtype[Any]) -> Any:
-    @_jit(types.float64(_array(numba.from_dtype(compute), readonly=True)))
-    def square_sum(x):  # type: ignore[no-untyped-def]
+    @jit(types.float64(contiguous(numba.from_dtype(compute), readonly=True)), (compute,))
+    def square_sum(x):
         lanes = np.zeros(LANES)
         for left in range(0, x.size, LANES):
             row = x[left : left + LANES]

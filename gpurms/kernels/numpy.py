@@ -35,7 +35,12 @@ def _temporaries(n: int, compute: np.dtype[Any]) -> tuple[Array, Array]:
     return kept[0, :n], kept[1, :n]
 
 
-def dense(flags: Flags, compute: np.dtype[Any]) -> Callable[..., None]:
+def storage(dtype: np.dtype[Any], compute: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The type under which ``dense`` takes arrays of ``dtype``: the compute type or none."""
+    return dtype if dtype == compute else None
+
+
+def dense(flags: Flags, compute: np.dtype[Any], storages: Any = None) -> Callable[..., None]:
     """``f(var, grad, rms, mom, mg, factor, scalars)``: one update of 1-D contiguous arrays of the compute type."""
 
     def blocks(var: Array, grad: Array, rms: Array, mom: Array, mg: Array, factor: Any, scalars: Array) -> None:
@@ -128,7 +133,7 @@ def sort_rows(indices: Array) -> tuple[Array, Array, Array]:
     return order, ids[first].astype(np.int64), np.append(first, ids.size)
 
 
-def row_sums(rule: Rule) -> Callable[..., None]:
+def row_sums(rule: Rule, value_type: Any) -> Callable[..., None]:
     """``f(values, order, starts, factor, out)``: ``out[k]`` = sum of the values of the k-th row.
 
     values (n, row_size) of any float type, order (n,), starts (n_rows + 1,), out (n_rows, row_size) of the compute

@@ -1,0 +1,50 @@
+"""How kernels are compiled: names, disk cache, array types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from numba import types
+
+from gpurms.kernels import pool
+
+# Numba finds a cached kernel by the values in its closure. Those are plain tuples here: a jitted function among them
+# would be new in every process and never be found, so all functions that kernels call are globals.
+
+compiling = pool.fork_safe_lock()
+
+
+def jit(signature: Any, *key: Any) -> Callable[[Any], Any]:
+    """``numba.njit`` for a kernel that is compiled once per ``key``, kept on disk where a folder can be written.
+
+    The key becomes part of the function's name, for Numba tells symbols apart by name and a counter of the process: a
+    kernel loaded from disk and one just compiled for other flags would have the same.
+    """
+
+    def compile_(function: Any) -> Any:
+        function.__qualname__ += "_" + "_".join(_spell(part) for part in key)
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+        try:
+            return numba.njit(signature, cache=True, **options)(function)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            return numba.njit(signature, **options)(function)
+
+    return compile_
+
+
+def _spell(part: Any) -> str:
+    return "".join(str(int(each)) if isinstance(each, bool) else each.name for each in part)
+
+
+def inline(function: Any) -> Any:
+    """For the bodies of the loops: LLVM inlines them into each kernel and folds the flags ``on``, constants there."""
+    return numba.njit(error_model="numpy", forceinline=True)(function)
+
+
+def contiguous(dtype: Any, ndim: int = 1, readonly: bool = False) -> types.Array:
+    """The type of C-contiguous, aligned arrays."""
+    return types.Array(dtype, ndim, "C", readonly=readonly)

@@ -24,6 +24,8 @@ from gpurms.kernels.storage import VIEWS, narrow, widen
 
 COLUMNS = 1024
 """Columns of a row that are summed at once: seven levels of them stay in the cache whatever the row size."""
+SUMS = 1 << 14
+"""Elements of row sums that are made before they are used: they stay in the cache."""
 LEVELS = 8  # of sums by 32: more than 2**40 occurrences of one row
 
 
@@ -80,17 +82,16 @@ def update(on, g, var, rms, mom, mg, scalars):
 
 
 @inline
-def update_all(on, clip, var, grad, rms, mom, mg, factor, scalars):
-    """The rule over 1-D arrays of any storage type, the loop of dense variables and of rows; clips if ``clip``."""
+def update_all(on, var, grad, rms, mom, mg, factor, scalars):
+    """The rule over 1-D arrays of any storage type, the loop of dense variables and of rows."""
     has_momentum, centered = on[6], on[5]
     zero = scalars.dtype.type(0)
     numbers = (scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], zero)
     clipvalue = scalars[6]
     for i in range(var.size):
-        g = widen(grad[i], zero)
         new_var, new_rms, new_mom, new_mg = update(
             on,
-            load(on, g, factor, clipvalue) if clip else g,
+            load(on, widen(grad[i], zero), factor, clipvalue),
             widen(var[i], zero),
             widen(rms[i], zero),
             widen(mom[i], zero) if has_momentum else zero,
@@ -179,7 +180,7 @@ def _dense(flags: tuple[bool, ...], compute: np.dtype[Any], storages: Types) -> 
 
     @jit(signature, flags, (compute, *storages))
     def dense(var, grad, rms, mom, mg, factor, scalars):
-        update_all(flags, True, var, grad, rms, mom, mg, factor, scalars)
+        update_all(flags, var, grad, rms, mom, mg, factor, scalars)
 
     return dense
 
@@ -241,58 +242,56 @@ def _levels(row_size: int, compute: np.dtype[Any]) -> Array:
 
 
 @cache
-def _rows(flags: tuple[bool, ...], compute: np.dtype[Any], storages: Types) -> Any:
+def _update_rows(flags: tuple[bool, ...], compute: np.dtype[Any], storages: Types) -> Any:
     has_momentum, centered = flags[6], flags[5]
     scalar = numba.from_dtype(compute)
-    var_type, value_type, slot_type = map(numba.from_dtype, storages)
+    var_type, grad_type, slot_type = map(numba.from_dtype, storages)
     slot, positions = contiguous(slot_type, 2), contiguous(types.int64, readonly=True)
-    tables = (contiguous(var_type, 2), contiguous(value_type, 2, readonly=True), slot, slot, slot)
-    signature = types.void(*tables, positions, positions, positions, scalar, contiguous(scalar), contiguous(scalar, 2))
+    grads = contiguous(grad_type, 2, readonly=True)
+    signature = types.void(contiguous(var_type, 2), grads, slot, slot, slot, positions, contiguous(scalar))
 
     @jit(signature, flags, (compute, *storages))
-    def rows_(var, values, rms, mom, mg, order, rows, starts, factor, scalars, sums):
-        row_size, clipvalue = var.shape[1], scalars[6]
-        for left in range(0, row_size, COLUMNS):
-            right = min(left + COLUMNS, row_size)
-            width = right - left
-            run = sums[0, :width]
-            for k in range(rows.size):
-                row, start, stop, level = rows[k], starts[k], starts[k + 1], 0
-                if stop - start <= FAN_IN:
-                    add_run(flags, values, order, start, stop, left, factor, clipvalue, run)
-                else:
-                    level = add_tree(flags, values, order, start, stop, left, width, factor, clipvalue, sums)
-                update_all(
-                    flags,
-                    False,
-                    var[row, left:right],
-                    sums[level, :width],
-                    rms[row, left:right],
-                    mom[row, left:right] if has_momentum else rms[row, left:right],
-                    mg[row, left:right] if centered else rms[row, left:right],
-                    factor,
-                    scalars,
-                )
+    def update_rows(var, sums, rms, mom, mg, rows, scalars):
+        factor = scalars.dtype.type(1)
+        for k in range(rows.size):
+            row = rows[k]
+            update_all(
+                flags,
+                var[row],
+                sums[k],
+                rms[row],
+                mom[row] if has_momentum else rms[row],
+                mg[row] if centered else rms[row],
+                factor,
+                scalars,
+            )
 
-    return rows_
+    return update_rows
 
 
 def rows(rule: Rule, storages: Types) -> Callable[..., None]:
-    """``f(var, values, rms, mom, mg, order, rows, starts, factor)``: sums and update of rows in one pass, in place.
+    """``f(var, values, rms, mom, mg, order, rows, starts, factor)``: rows summed and updated while in the cache.
 
     Tables (n, row_size) and values contiguous, of the ``storages`` of variable, values and slots; order, rows, starts
     from ``sort_rows``.
     """
+    compute, scalars = rule.compute, rule.scalars
+    var_type, value_type, slot_type = storages
+    add = row_sums(rule, value_type)
+    unclipped = rule.flags._replace(clip_value=False, clip_norm=False)  # the sums are of clipped values
     with compiling:
-        kernel = _rows(tuple(rule.flags), rule.compute, storages)
-    scalars = rule.scalars
+        kernel = _update_rows(tuple(unclipped), compute, (var_type, compute, slot_type))
 
     def loop(
         var: Array, values: Array, rms: Array, mom: Array, mg: Array,
         order: Array, rows: Array, starts: Array, factor: Any,
     ) -> None:  # fmt: skip
-        sums = _levels(var.shape[1], rule.compute)
-        kernel(var, values, rms, mom, mg, order, rows, starts, factor, scalars, sums)
+        n = max(1, SUMS // var.shape[1])
+        sums = np.empty((min(n, rows.size), var.shape[1]), compute)
+        for lo in range(0, rows.size, n):
+            some = rows[lo : lo + n]
+            add(values, order, starts[lo : lo + n + 1], factor, sums[: some.size])
+            kernel(var, sums[: some.size], rms, mom, mg, some, scalars)
 
     return loop
 

@@ -17,7 +17,7 @@ ENVIRONMENT = ROOT / ".venv"
 TASKS = {  # name: (extra, commands of Python modules, what it does)
     "demo": ("demo", [["gpurms", "demo"]], "train word embeddings on Python's own documentation"),
     "info": ("cpu", [["gpurms", "info"]], "print versions and the engine that would run"),
-    "test": ("test", [["pytest"]], "run all tests"),
+    "test": ("test", [["pytest", "--numprocesses", "auto"]], "run all tests, on all cores"),
     "lint": ("dev", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], "check style and types"),
     "bench": ("cpu", [["bench"]], "run benchmarks; peers that are not installed are skipped by name"),
 }

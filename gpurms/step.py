@@ -84,15 +84,24 @@ def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequen
         update.rule, update.grad, update.indices, update.factor = rule, grad, indices, factor
         updates.append(update)
     batches = _batches(optimizer, [entry for entry, _, _ in pairs])
-    plans = [home.plan([updates[i] for i in at] if len(batches) > 1 else updates) for home, at in batches]
+    try:
+        plans = [home.plan([updates[i] for i in at] if len(batches) > 1 else updates) for home, at in batches]
+    except BaseException:
+        _release(updates)
+        raise
 
     def apply() -> None:
         for planned in plans:
             planned()
-        for update in updates:  # gradients are not kept until the next step
-            update.grad = update.indices = update.factor = None
+        _release(updates)
 
     return apply
+
+
+def _release(updates: Sequence[Update]) -> None:
+    """Let go of the gradients, which would otherwise live until the next step."""
+    for update in updates:
+        update.grad = update.indices = update.factor = None
 
 
 def _new_update(entry: Entry, pending: Mapping[tuple[Entry, str], Variable], now: Step) -> Update:

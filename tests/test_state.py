@@ -132,7 +132,6 @@ def test_order_of_weights():
         ({"momentum": 0.5, "centered": True}, ["rms", "momentum", "mg"]),
         ({"nesterov": True}, ["rms"]),
     ],
-    ids=str,
 )
 def test_only_slots_in_use_exist(kwargs: dict[str, Any], names: list[str]):
     opt, var = RMSprop(**kwargs), Variable(1.0)
@@ -243,7 +242,7 @@ def test_counter_is_first_also_after_add_slot():
     assert opt.weights == [opt.iterations, slot]
 
 
-@pytest.mark.parametrize("initializer", [[1.0, 2.0], np.ones((3, 1)), 1.0, lambda shape, dtype: np.ones(4)], ids=repr)
+@pytest.mark.parametrize("initializer", [[1.0, 2.0], np.ones((3, 1)), 1.0, lambda shape, dtype: np.ones(4)])
 def test_add_slot_value_of_a_wrong_shape(initializer: Any):
     opt, var = RMSprop(), Variable(np.ones(3))
     with unchanged(opt, var), pytest.raises(ValueError, match=r"\(3,\)"):
@@ -269,7 +268,6 @@ def test_add_slot_with_an_unknown_initializer():
         ({"initializer": [[1, 2, 3], [4, 5, 6]]}, np.array([[1, 2, 3], [4, 5, 6]], F32)),
         ({"trainable": False, "synchronization": None, "aggregation": None}, np.zeros((2, 3), F32)),
     ],
-    ids=str,
 )
 def test_add_weight(kwargs: dict[str, Any], expected: np.ndarray):
     opt = RMSprop()

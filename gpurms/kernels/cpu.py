@@ -137,9 +137,7 @@ def _plan_dense(updates: Sequence[Update]) -> Callable[[], None]:
     chunks: list[Unit] = []
     for update in updates:
         rule = update.rule
-        state = update.prepared
-        if state is None or state.engine is not chosen:
-            state = update.prepared = _State(update, chosen)
+        state = _prepared(update, chosen)
         factor = state.one if update.factor is None else update.factor
         grad = _flat(update.grad, state.compute, chosen) if state.views else None
         key = (id(rule), state.key, None if grad is None else grad.dtype)
@@ -202,6 +200,13 @@ class _State:
             return self.compute, self.compute, self.compute
         var, rms, _, _ = self.views
         return var.dtype, grad.dtype, rms.dtype
+
+
+def _prepared(update: Update, chosen: Engine) -> _State:
+    state: _State | None = update.prepared
+    if state is None or state.engine is not chosen:
+        state = update.prepared = _State(update, chosen)
+    return state
 
 
 _ABSENT: dict[np.dtype[Any], Array] = {FLOAT32: np.empty(0, FLOAT32), FLOAT64: np.empty(0, FLOAT64)}
@@ -283,7 +288,7 @@ def _plan_rows(update: Update) -> Callable[[], None]:
         values = np.ascontiguousarray(update.grad.astype(compute)).reshape(-1)
     values = values.reshape(order.size, row_size)
 
-    state = _State(update, chosen)
+    state = _prepared(update, chosen)
     if chosen.rows is not None and state.views:
         kernel = chosen.rows(rule, state.types(values))
         var, rms, mom, mg = (view.reshape(-1, row_size) for view in state.views)

@@ -7,6 +7,7 @@ task needs (the extras of ``pyproject.toml``), once. Further arguments go to the
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -39,8 +40,10 @@ def main(arguments: list[str]) -> int:
         return 2
     extra, commands, _ = TASKS[task]
     python = install(extra)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the task, which may have a result to save
     for command in commands:
-        code = subprocess.call([python, "-m", *command, *rest], cwd=ROOT)
+        folder = None if command[0] == "gpurms" else ROOT
+        code = subprocess.call([python, "-m", *command, *rest], cwd=folder)
         if code:
             return code
     return 0

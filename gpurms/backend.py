@@ -259,7 +259,7 @@ def array_module() -> ModuleType:
 @cache
 def _cupy() -> tuple[ModuleType | None, str]:
     """CuPy if it can reach a GPU, else None and the reason. Importing CuPy does not prove that it can."""
-    install = "pip install 'gpurms[cuda13]' (or gpurms[cuda12] for a CUDA 12 driver)"
+    install = "pip install cupy-cuda13x (cupy-cuda12x for a CUDA 12 driver)"
     try:
         import cupy
     except ModuleNotFoundError as error:

@@ -74,7 +74,7 @@ def slot_type(name: str, value: Any) -> np.dtype[Any] | None:
             value = ml_dtypes.bfloat16
         dtype: np.dtype[Any] = np.dtype(value)
     except ImportError as error:
-        raise TypeError(f"{name}='bfloat16' needs ml_dtypes: pip install 'gpurms[bf16]'") from error
+        raise TypeError(f"{name}='bfloat16' needs ml_dtypes: pip install ml_dtypes") from error
     except TypeError as error:
         raise TypeError(f"{name} must be {FLOAT_NAMES} or None; got {value!r}") from error
     if not is_supported(dtype):

@@ -96,7 +96,7 @@ def _load(name: str) -> Engine:
 def _numba_problem() -> str:
     """Why the Numba engine cannot run, or an empty string."""
     if importlib.util.find_spec("numba") is None:
-        return "Numba is not installed: pip install 'gpurms[cpu]'"
+        return "Numba is not installed: pip install numba"
     try:
         from gpurms.kernels import numba  # noqa: F401
     except ImportError as error:  # Numba refuses NumPy versions newer than itself in this way

@@ -1,0 +1,3 @@
+"""What the CPU suite asks, in order."""
+
+QUESTIONS = ("dense", "rules", "dtypes", "small", "sparse", "memory", "imports", "compiling")

@@ -57,7 +57,7 @@ def install(extra: str) -> str:
         try:
             venv.create(ENVIRONMENT, with_pip=True, clear=True)
         except subprocess.CalledProcessError:
-            sys.exit("dev.py: error: this Python cannot make virtual environments (Debian, Ubuntu: package python3-venv)")
+            sys.exit("dev.py: error: no virtual environment could be made (Debian, Ubuntu: install python3-venv)")
     wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
     stamp = ENVIRONMENT / f"installed-{extra}"
     if not stamp.exists() or stamp.read_text() != wanted:

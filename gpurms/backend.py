@@ -47,8 +47,8 @@ class Backend(Protocol):
         """The array as the plain array type of the library, sharing memory."""
         ...
 
-    def writeable(self, array: Array) -> bool:
-        """Whether the array may be written to."""
+    def writeable(self, arrays: Sequence[Array]) -> bool:
+        """Whether all of the arrays may be written to."""
         ...
 
     def scalar(self, value: Any) -> Array | None:
@@ -115,9 +115,12 @@ class NumPy:
         """Memory-mapped arrays and other subclasses as plain ``numpy.ndarray``."""
         return np.asarray(array)
 
-    def writeable(self, array: Array) -> bool:
-        """As the array's flag says."""
-        return bool(array.flags.writeable)
+    def writeable(self, arrays: Sequence[Array]) -> bool:
+        """As the arrays' flags say."""
+        for array in arrays:
+            if not array.flags.writeable:
+                return False
+        return True
 
     def scalar(self, value: Any) -> Array | None:
         """NumPy's scalar types; Python's numbers have no type to check."""
@@ -169,7 +172,7 @@ class NumPy:
 
     def write(self, array: Array, value: Any, where: str) -> None:
         """In place."""
-        if not self.writeable(array):
+        if not self.writeable([array]):
             raise TypeError(f"{where}: expected a writeable array; got a read-only one")
         array[...] = self.convert(array, value, where)
 
@@ -189,8 +192,8 @@ class NumPy:
         return total
 
     def out_of_range(self, indices: Array, n_rows: int) -> int | None:
-        """Two passes without temporaries; a third only to name the culprit."""
-        if indices.size == 0 or (indices.min() >= 0 and indices.max() < n_rows):
+        """One pass, in which negative numbers are huge ones; another only to name the culprit."""
+        if indices.size == 0 or indices.view(f"u{indices.itemsize}").max() < n_rows:
             return None
         return int(np.flatnonzero((indices < 0) | (indices >= n_rows))[0])
 

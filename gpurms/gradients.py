@@ -42,13 +42,14 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
         if entry is None:
             entry = Entry(variable, label(variable, position))
             entry = made.setdefault(entry.key, entry)
-        _check_writeable(entry, variable, position)
+        if not entry.backend.writeable(entry.written):
+            raise TypeError(f"{label(variable, position)}: expected a writeable array and slots; one is read-only")
         if grad is None:
             missing.append(label(variable, position))
         elif isinstance(grad, IndexedSlices):
             pairs.append(_sparse(entry, variable, grad, position))
         else:
-            pairs.append(_dense(entry, variable, grad, position))
+            pairs.append((entry, _dense(entry, variable, grad, position), None))
     if missing and not pairs:
         raise ValueError(f"No gradients provided for any variable: [{', '.join(missing)}]")
     if missing:
@@ -60,23 +61,14 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
     return aliasing.detach(pairs, slots.owners | {entry.owner for entry in made.values()} if made else slots.owners)
 
 
-def _check_writeable(entry: Entry, variable: Any, position: int) -> None:
-    writeable = entry.backend.writeable
-    if not writeable(entry.array):
-        raise TypeError(f"{label(variable, position)}: expected a writeable array; got a read-only one")
-    for name, slot in entry.slots.items():
-        if not writeable(slot._array):
-            raise TypeError(f"{label(variable, position)}: its slot {name!r} has been made read-only")
-
-
-def _dense(entry: Entry, variable: Any, grad: Any, position: int) -> Pair:
+def _dense(entry: Entry, variable: Any, grad: Any, position: int) -> Array:
     if type(grad) is not type(entry.view) or (grad.dtype is not entry.dtype and grad.dtype not in entry.accepts):
         grad = _same_library(entry, variable, grad, position, "gradient")
     if grad.shape != entry.shape:
         raise ValueError(
             f"{label(variable, position)}: expected a gradient of its shape {entry.shape}; got shape {grad.shape}"
         )
-    return entry, grad, None
+    return grad
 
 
 def _same_library(entry: Entry, variable: Any, grad: Any, position: int, what: str) -> Array:

@@ -450,7 +450,7 @@ class RMSprop:
 
     def _writeable_counter(self) -> Variable:
         counter = self.iterations
-        if not backend.require(counter._array).writeable(counter._array):
+        if not backend.require(counter._array).writeable([counter._array]):
             raise TypeError("iterations has been made read-only")
         return counter
 

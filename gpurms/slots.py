@@ -30,6 +30,7 @@ class Entry:
         "update",
         "variable",
         "view",
+        "written",
     )
 
     def __init__(self, variable: Any, where: str) -> None:
@@ -52,11 +53,14 @@ class Entry:
         self.owner = memory_owner(self.view)
         self.bounds = home.bounds(self.view)
         self.slots: dict[str, Variable] = {}
+        self.written: list[Array] = [self.array]  # and the slots' arrays: what a step writes to
         self.update: Update | None = None  # of the latest step, for the next one to fill in again
 
-    def is_current(self) -> bool:
-        """False once somebody has given the array another shape or type in place."""
-        return bool(self.array.shape == self.shape and self.array.dtype == self.dtype)
+    def add(self, name: str, slot: Variable) -> None:
+        """Add a slot."""
+        self.slots[name] = slot
+        self.written.append(slot._array)
+        self.update = None
 
 
 def array_of(variable: Any) -> Any:
@@ -104,10 +108,14 @@ class Slots:
 
     def find(self, variable: Any) -> Entry | None:
         """The entry of a known variable."""
-        array = array_of(variable)
+        array = variable._array if type(variable) is Variable else array_of(variable)
         entry = self._by_id.get(id(array))
-        if entry is not None and entry.is_current():
-            return entry
+        if (
+            entry is not None
+            and array.shape == entry.shape
+            and (array.dtype is entry.dtype or array.dtype == entry.dtype)
+        ):
+            return entry  # shape and type as they were: both can be set in place
         home = backend.of(array)
         return None if home is None else self._entries.get(home.key(array))
 
@@ -119,8 +127,7 @@ class Slots:
 
     def add(self, entry: Entry, name: str, slot: Variable) -> None:
         """Add a slot to an adopted entry."""
-        entry.slots[name] = slot
-        entry.update = None
+        entry.add(name, slot)
         self.owners.add(memory_owner(slot._array))
         if name not in self.names:
             self.names.append(name)
@@ -149,6 +156,8 @@ class Slots:
             for each in (variable, None if place is None else place.view()):
                 if each is not None:
                     entry = Entry(each, label(each))
+                    for name, slot in slots.items():
+                        entry.add(name, slot)
                     entry.slots = slots
                     self.adopt(entry)
             self.owners.update(memory_owner(slot._array) for slot in slots.values())

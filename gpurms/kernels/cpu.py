@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -18,7 +19,7 @@ import numpy as np
 
 from gpurms.kernels import numpy as numpy_engine
 from gpurms.kernels import pool
-from gpurms.kernels.numpy import BLOCK, Array
+from gpurms.kernels.numpy import BLOCK, Array, Workspace
 from gpurms.kernels.rule import FLOAT32, FLOAT64, Flags, Rule, Update
 
 SMALL = 1 << 15
@@ -27,6 +28,8 @@ CHUNK = 1 << 19
 """Elements of one unit of work: some 0.2 ms at memory speed, so that a slow core does not hold up the rest."""
 SUM_CHUNK = 1 << 16
 """Elements of one partial sum of squares. Part of the contract of equal bits, unlike the sizes above."""
+ROW_COST = 6
+"""What updating a row costs, in values summed (measured)."""
 
 ENGINES = ("auto", "numpy", "numba")
 
@@ -41,7 +44,7 @@ class Engine(Protocol):
     dense: Callable[[Flags, np.dtype[Any], Types], Callable[..., None]]
     row_sums: Callable[[Rule, np.dtype[Any]], Callable[..., None]]
     rows: Callable[[Rule, Types], Callable[..., None]] | None
-    sort_rows: Callable[[Array], tuple[Array, Array, Array]]
+    sort_rows: Callable[[Array, Workspace], tuple[Array, Array, Array]]
     square_sum: Callable[[Array], np.float64]
 
 
@@ -174,12 +177,13 @@ class _State:
     ``views`` are 1-D and of the engine's types; empty if one of the arrays is strided, unaligned or of another type.
     """
 
-    __slots__ = ("compute", "engine", "key", "one", "size", "views")
+    __slots__ = ("compute", "engine", "key", "one", "size", "views", "workspace")
 
     def __init__(self, update: Update, chosen: Engine) -> None:
         self.engine = chosen
         self.compute = compute = update.rule.compute
         self.one = compute.type(1)
+        self.workspace = Workspace()
         self.size: int = update.var.size
         slots = [slot for slot in (update.rms, update.mom, update.mg) if slot is not None]
         views = [_flat(array, compute, chosen) for array in (update.var, *slots)]
@@ -280,7 +284,8 @@ def _plan_rows(update: Update) -> Callable[[], None]:
     rule, chosen = update.rule, engine()
     compute = rule.compute
     factor = compute.type(1) if update.factor is None else update.factor
-    order, rows, starts = chosen.sort_rows(update.indices)
+    state = _prepared(update, chosen)
+    order, rows, starts = chosen.sort_rows(update.indices, state.workspace)
     row_size = update.var.size // update.var.shape[0]
     ranges = _row_ranges(starts, row_size)
     values = _flat(update.grad, compute, chosen)
@@ -288,7 +293,6 @@ def _plan_rows(update: Update) -> Callable[[], None]:
         values = np.ascontiguousarray(update.grad.astype(compute)).reshape(-1)
     values = values.reshape(order.size, row_size)
 
-    state = _prepared(update, chosen)
     if chosen.rows is not None and state.views:
         kernel = chosen.rows(rule, state.types(values))
         var, rms, mom, mg = (view.reshape(-1, row_size) for view in state.views)
@@ -314,12 +318,16 @@ def _plan_rows(update: Update) -> Callable[[], None]:
 
 
 def _row_ranges(starts: Array, row_size: int) -> list[slice]:
-    """Ranges of rows with about one chunk of values each; one range where threads would not pay."""
+    """Ranges of rows that take about equally long; one range where threads would not pay."""
     n_rows, n_values = starts.size - 1, int(starts[-1])
     n_units = max(1, min(n_rows, 4 * pool.n_threads(), n_values * row_size // SMALL))
-    cuts = np.searchsorted(starts, np.linspace(0, n_values, n_units + 1))
-    cuts[-1] = n_rows
-    return [slice(int(lo), int(hi)) for lo, hi in pairwise(cuts) if lo < hi]
+
+    def cost(row: int) -> int:
+        return int(starts[row]) + ROW_COST * row
+
+    every = cost(n_rows) / n_units
+    cuts = [bisect_left(range(n_rows), nth * every, key=cost) for nth in range(n_units)] + [n_rows]
+    return [slice(lo, hi) for lo, hi in pairwise(cuts) if lo < hi]
 
 
 def _update_rows(dense: Callable[..., None], update: Update, rows: Array, sums: Array) -> None:

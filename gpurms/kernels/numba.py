@@ -18,6 +18,7 @@ from numba import types
 
 from gpurms.kernels.jit import compiling, contiguous, inline, jit
 from gpurms.kernels.numpy import FAN_IN, LANES, Array
+from gpurms.kernels.prefetch import prefetch_row
 from gpurms.kernels.radix import sort_rows as sort_rows
 from gpurms.kernels.rule import FLOAT32, FLOAT64, Flags, Rule
 from gpurms.kernels.storage import VIEWS, narrow, widen
@@ -26,6 +27,8 @@ COLUMNS = 1024
 """Columns of a row that are summed at once: seven levels of them stay in the cache whatever the row size."""
 SUMS = 1 << 14
 """Elements of row sums that are made before they are used: they stay in the cache."""
+VALUES_AHEAD, ROWS_AHEAD = 16, 8
+"""How far before their use values and rows are asked for (measured; no effect on results)."""
 LEVELS = 8  # of sums by 32: more than 2**40 occurrences of one row
 
 
@@ -210,6 +213,8 @@ def _row_sums(flags: tuple[bool, ...], compute: np.dtype[Any], value_type: np.dt
             for k in range(n_rows):
                 start, stop = starts[k], starts[k + 1]
                 run = out[k, left : left + width]
+                for i in range(start + VALUES_AHEAD, min(stop + VALUES_AHEAD, order.size)):
+                    prefetch_row(values, order[i], left, left + width)
                 if stop - start <= FAN_IN:
                     add_run(flags, values, order, start, stop, left, factor, clipvalue, run)
                 else:
@@ -255,6 +260,14 @@ def _update_rows(flags: tuple[bool, ...], compute: np.dtype[Any], storages: Type
         factor = scalars.dtype.type(1)
         for k in range(rows.size):
             row = rows[k]
+            if k + ROWS_AHEAD < rows.size:
+                ahead, width = rows[k + ROWS_AHEAD], var.shape[1]
+                prefetch_row(var, ahead, 0, width)
+                prefetch_row(rms, ahead, 0, width)
+                if has_momentum:
+                    prefetch_row(mom, ahead, 0, width)
+                if centered:
+                    prefetch_row(mg, ahead, 0, width)
             update_all(
                 flags,
                 var[row],

@@ -122,7 +122,20 @@ def load(values: Array, rule: Rule, factor: Any) -> Array:
     return values
 
 
-def sort_rows(indices: Array) -> tuple[Array, Array, Array]:
+class Workspace:
+    """Memory for the ids of a variable's sparse gradients, kept from step to step: new pages cost like sorting."""
+
+    def __init__(self) -> None:
+        self._kept = np.empty(0, np.int64)
+
+    def integers(self, count: int, n: int) -> Array:
+        """An int64 array of shape (count, n), valid until the next call. Not kept where far more than needed."""
+        if not count * n <= self._kept.size <= 4 * count * n:
+            self._kept = np.empty(count * n, np.int64)
+        return self._kept[: count * n].reshape(count, n)
+
+
+def sort_rows(indices: Array, workspace: Workspace) -> tuple[Array, Array, Array]:
     """``order, rows, starts``: positions sorted by row, stably; the rows named, rising; where each one's run starts.
 
     ``order[starts[k]:starts[k + 1]]`` are the positions of ``rows[k]`` in order of occurrence.

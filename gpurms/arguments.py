@@ -13,11 +13,17 @@ def scalar(value: Any) -> Any:
     return value.numpy().item() if hasattr(value, "numpy") else value.item()
 
 
-def number(what: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
-    """A finite real number; an int stays an int."""
+def real(what: str, value: Any) -> Real:
+    """A real number of any kind; True and False are none."""
     x = scalar(value)
     if not isinstance(x, Real) or isinstance(x, bool):
         raise TypeError(f"{what} must be a real number; got {value!r}")
+    return x
+
+
+def number(what: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
+    """A finite real number; an int stays an int."""
+    x = real(what, value)
     if not math.isfinite(x):
         raise ValueError(f"{what} must be finite; got {value!r}")
     if x <= above:

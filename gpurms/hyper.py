@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpurms.arguments import scalar
+from gpurms.arguments import real
 from gpurms.kernels.rule import FLOAT32, FLOAT64
 from gpurms.schedules import LearningRateSchedule
 from gpurms.variable import Variable
@@ -19,20 +18,17 @@ if TYPE_CHECKING:
 Check = Callable[[str, Any], Any]
 
 
-def real(name: str, value: Any) -> float:
-    """A real number, NumPy scalar, 0-d array or 0-d ``Variable`` as a Python float."""
-    number = scalar(value)
-    if not isinstance(number, numbers.Real) or isinstance(number, bool):
-        raise TypeError(f"{name} must be a real number; got {value!r}")
+def as_float(name: str, value: Any) -> float:
+    """A real number as a Python float."""
     try:
-        return float(number)
+        return float(real(name, value))
     except OverflowError as error:
         raise ValueError(f"{name} must fit a float; got {value!r}") from error
 
 
 def non_negative(name: str, value: Any) -> float:
     """A real number >= 0, NaN refused."""
-    number = real(name, value)
+    number = as_float(name, value)
     if not number >= 0:
         raise ValueError(f"{name} must be >= 0; got {number}")
     return number
@@ -40,7 +36,7 @@ def non_negative(name: str, value: Any) -> float:
 
 def fraction(name: str, value: Any) -> float:
     """A real number in [0, 1]."""
-    number = real(name, value)
+    number = as_float(name, value)
     if not 0 <= number <= 1:
         raise ValueError(f"{name} must be in [0, 1]; got {number}")
     return number

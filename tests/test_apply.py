@@ -224,6 +224,7 @@ ALIASES: dict[str, Callable[[np.ndarray], list[Any]]] = {  # of a (4, 3) array
     "itself twice": lambda x: [(x, x), (x, x)],
     "itself twice, as rows": lambda x: [(IndexedSlices(x, np.arange(4)), x), (x, x)],
     "itself, strided": lambda x: [(x[:, ::2], x[:, ::2])],
+    "itself, strided, one object": lambda x: [(view, view) for view in [x[:, ::2]]],
     "itself reversed": lambda x: [(x[::-1, ::-1], x)],
     "one row down": lambda x: [(x[1:], x[:-1])],
     "one row up": lambda x: [(x[:-1], x[1:])],

@@ -234,7 +234,7 @@ def _strided(kernel: Callable[..., None], update: Update, lo: int, hi: int, fact
     """Elements lo to hi, in memory order of the variable, through buffers of the compute type."""
     compute = scalars.dtype
     arrays = [a for a in (update.var, update.grad, update.rms, update.mom, update.mg) if a is not None]
-    access: Any = [["readonly" if a is update.grad else "readwrite", "contig", "aligned"] for a in arrays]
+    access: Any = [["readonly" if i == 1 else "readwrite", "contig", "aligned"] for i in range(len(arrays))]
     with (
         np.errstate(all="ignore"),
         np.nditer(

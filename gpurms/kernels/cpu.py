@@ -28,7 +28,7 @@ CHUNK = 1 << 19
 """Elements of one unit of work: some 0.2 ms at memory speed, so that a slow core does not hold up the rest."""
 SUM_CHUNK = 1 << 16
 """Elements of one partial sum of squares. Part of the contract of equal bits, unlike the sizes above."""
-ROW_COST = 6
+ROW_COST = 12
 """What updating a row costs, in values summed (measured)."""
 
 ENGINES = ("auto", "numpy", "numba")

@@ -25,7 +25,7 @@ from gpurms.kernels.storage import VIEWS, narrow, widen
 
 COLUMNS = 1024
 """Columns of a row that are summed at once: seven levels of them stay in the cache whatever the row size."""
-SUMS = 1 << 14
+SUMS = 1 << 16
 """Elements of row sums that are made before they are used: they stay in the cache."""
 VALUES_AHEAD, ROWS_AHEAD = 16, 8
 """How far before their use values and rows are asked for (measured; no effect on results)."""

@@ -75,6 +75,10 @@ class Backend(Protocol):
         """A copy in host memory."""
         ...
 
+    def numbers(self, value: Any, where: str) -> Array:
+        """Array-likes as an array, of the library or of NumPy."""
+        ...
+
     def convert(self, like: Array, value: Any, where: str) -> Array:
         """``value`` as an array that can be written into ``like``; errors name ``where``."""
         ...
@@ -158,12 +162,16 @@ class NumPy:
         """A copy."""
         return np.array(array)
 
+    def numbers(self, value: Any, where: str) -> Array:
+        """As NumPy reads them; ragged lists are none."""
+        try:
+            return np.asarray(value)
+        except ValueError as error:
+            raise TypeError(f"{where}: expected an array of numbers; got {value!r:.80}") from error
+
     def convert(self, like: Array, value: Any, where: str) -> Array:
         """Numbers convert to any float type; floats do not convert to integers."""
-        try:
-            converted = np.asarray(value)
-        except ValueError as error:
-            raise TypeError(f"{where}: expected an array of shape {like.shape}; got {value!r}") from error
+        converted = self.numbers(value, where)
         if converted.shape != like.shape:
             raise ValueError(f"{where}: expected shape {like.shape}; got {converted.shape}")
         if not _converts(converted.dtype, like.dtype):
@@ -183,7 +191,9 @@ class NumPy:
             found = found.astype(np.int64)
         if found.dtype.kind not in "iu":
             raise TypeError(f"indices must be integers; got {found.dtype}")
-        return found if found.dtype.name == "int32" else found.astype(np.int64, copy=False)
+        if found.dtype == np.uint64:  # beyond int64 they would turn negative
+            found = np.minimum(found, np.uint64(np.iinfo(np.int64).max))
+        return found if found.dtype == np.int32 else found.astype(np.int64, copy=False)
 
     def add_rows(self, dense: Array, indices: Array, values: Array) -> Array:
         """In order of occurrence."""

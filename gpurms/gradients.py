@@ -6,10 +6,14 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from gpurms import aliasing, backend
 from gpurms.aliasing import Pair
 from gpurms.slots import Entry, Slots, array_of, label
 from gpurms.variable import Array, IndexedSlices, Variable
+
+INDEX_TYPES = (np.dtype(np.int32), np.dtype(np.int64))
 
 
 def read_pairs(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
@@ -43,7 +47,9 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
             entry = Entry(variable, label(variable, position))
             entry = made.setdefault(entry.key, entry)
         if not entry.backend.writeable(entry.written):
-            raise TypeError(f"{label(variable, position)}: expected a writeable array and slots; one is read-only")
+            names = ["array", *(f"slot {name!r}" for name in entry.slots)]
+            read_only = [name for name, array in zip(names, entry.written) if not entry.backend.writeable([array])]
+            raise TypeError(f"{label(variable, position)}: expected to write to it; its {read_only[0]} is read-only")
         if grad is None:
             missing.append(label(variable, position))
         elif isinstance(grad, IndexedSlices):
@@ -56,7 +62,7 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
         warnings.warn(
             f"Gradients do not exist for variables [{', '.join(missing)}]; they are left as they are",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the line that called the public method that called `_apply`
         )
     return aliasing.detach(pairs, slots.owners | {entry.owner for entry in made.values()} if made else slots.owners)
 
@@ -100,7 +106,7 @@ def _sparse(entry: Entry, variable: Any, grad: IndexedSlices, position: int) -> 
         raise ValueError(f"{where} is 0-d and has no rows: expected a dense gradient; got {grad!r}")
     values = _same_library(entry, variable, grad.values, position, "gradient's values")
     indices = array_of(grad.indices)
-    if backend.of(indices) is not entry.backend or indices.dtype.name not in ("int32", "int64"):
+    if backend.of(indices) is not entry.backend or indices.dtype not in INDEX_TYPES:
         got = getattr(indices, "dtype", backend.type_name(indices))
         raise TypeError(f"{where}: expected indices as a {entry.backend.name} array of int32 or int64; got {got}")
     indices = entry.backend.view(indices)
@@ -109,8 +115,8 @@ def _sparse(entry: Entry, variable: Any, grad: IndexedSlices, position: int) -> 
     expected = indices.shape + entry.shape[1:]
     if values.shape != expected:
         raise ValueError(f"{where}: expected gradient values of shape {expected}; got {values.shape}")
-    if grad.dense_shape is not None and tuple(grad.dense_shape) != entry.shape:
-        raise ValueError(f"{where}: expected dense_shape {entry.shape}; got {tuple(grad.dense_shape)}")
+    if grad.dense_shape is not None and not np.array_equal(grad.dense_shape, entry.shape):
+        raise ValueError(f"{where}: expected dense_shape {entry.shape}; got {grad.dense_shape}")
     outside = entry.backend.out_of_range(indices, entry.shape[0])
     if outside is not None:
         raise IndexError(f"{where}: index {int(indices[outside])} at offset {outside} is outside [0, {entry.shape[0]})")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpurms.arguments import real
-from gpurms.kernels.rule import FLOAT32, FLOAT64
+from gpurms.kernels.rule import FLOAT32, FLOAT64, is_bfloat16
 from gpurms.schedules import LearningRateSchedule
 from gpurms.variable import Variable
 
@@ -72,9 +72,9 @@ def slot_type(name: str, value: Any) -> np.dtype[Any] | None:
     except ImportError as error:
         raise TypeError(f"{name}='bfloat16' needs ml_dtypes: pip install ml_dtypes") from error
     except TypeError as error:
-        raise TypeError(f"{name} must be {FLOAT_NAMES} or None; got {value!r}") from error
+        raise TypeError(f"{name} must be None, {FLOAT_NAMES}; got {value!r}") from error
     if not is_supported(dtype):
-        raise TypeError(f"{name} must be {FLOAT_NAMES} or None; got {value!r}")
+        raise TypeError(f"{name} must be None, {FLOAT_NAMES}; got {value!r}")
     return dtype
 
 
@@ -83,7 +83,7 @@ FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 
 def is_supported(dtype: np.dtype[Any]) -> bool:
     """One of the four types the optimizer updates, in native byte order."""
-    return dtype in (FLOAT32, FLOAT64, FLOAT16) or dtype.name == "bfloat16"
+    return dtype in (FLOAT32, FLOAT64, FLOAT16) or is_bfloat16(dtype)
 
 
 FLOAT16 = np.dtype(np.float16)

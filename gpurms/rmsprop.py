@@ -174,20 +174,25 @@ class RMSprop:
         >>> table[:2].round(4).tolist()
         [[0.0, 0.0], [-0.3162, -0.3162]]
         """
+        return self._apply(grads_and_vars, name)
+
+    def _apply(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None) -> np.int64:
         _check_name(name)
         items = gradients.read_pairs(grads_and_vars)
         if not items:
             return self._count()
+        counter = self._writeable_counter()
         pairs = gradients.check_pairs(self._slots, items)
         now = step.read(self, int(self._count()))
         new_slots = step.missing_slots(self, pairs, now.flags)
         apply = step.plan(self, pairs, now, new_slots)
 
-        counter = self._writeable_counter()
+        apply()
         for entry, slot_name, slot in new_slots:
             self._slots.adopt(entry)
             self._slots.add(entry, slot_name, slot)
-        apply()
+        if counter is None:
+            counter = self.iterations
         counter._array[...] += 1
         for variable in {id(variable): variable for grad, variable in items if grad is not None}.values():
             _constrain(variable)
@@ -225,7 +230,7 @@ class RMSprop:
         array(9.683772, dtype=float32)
         """
         grads, variables = tape.differentiate(loss, var_list, grad_loss)
-        return self.apply_gradients(zip(grads, variables, strict=True), name)
+        return self._apply(zip(grads, variables, strict=True), name)
 
     def get_gradients(self, loss: Callable[[], Any], params: Any) -> list[Any]:
         """Gradients of ``loss`` with respect to ``params``, unclipped; arguments as in ``minimize``.
@@ -238,14 +243,17 @@ class RMSprop:
         >>> RMSprop().get_gradients(lambda: v.value**2, [v])
         [array(6., dtype=float32)]
         """
+        return self._gradients(loss, params)[0]
+
+    def _gradients(self, loss: Callable[[], Any], params: Any) -> tuple[list[Any], list[Any]]:
         grads, variables = tape.differentiate(loss, params, None)
         for grad, variable in zip(grads, variables, strict=True):
             if grad is None:
                 raise ValueError(
-                    f"Variable {label(variable)} has `None` for gradient: the loss does not depend on it through "
-                    "`value` or `gather`"
+                    f"V{label(variable)[1:]} has `None` for gradient: the loss does not depend on it through `value` "
+                    "or `gather`"
                 )
-        return grads
+        return grads, variables
 
     def get_updates(self, loss: Callable[[], Any], params: Any) -> list[np.int64]:
         """Apply ``get_gradients(loss, params)``; returns the number of steps taken so far, in a list.
@@ -255,8 +263,8 @@ class RMSprop:
         >>> opt.get_updates(lambda: v.value**2 / 2, [v])
         [np.int64(1)]
         """
-        variables = tape.flatten(params)
-        return [self.apply_gradients(zip(self.get_gradients(loss, variables), variables, strict=True))]
+        grads, variables = self._gradients(loss, params)
+        return [self._apply(zip(grads, variables, strict=True), None)]
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -317,13 +325,16 @@ class RMSprop:
             )
         converted = []
         for weight, value in zip(own, values):
-            value = array_of(value)
+            home = backend.require(weight._array)
+            if not home.writeable([weight._array]):
+                raise TypeError(f"{weight.name}: expected to write to it; it is read-only")
+            value = home.numbers(array_of(value), weight.name)
             if np.shape(value) != weight.shape:
                 raise ValueError(
                     f"Optimizer weight shape {weight.shape} not compatible with provided weight shape "
                     f"{np.shape(value)} ({weight.name})"
                 )
-            converted.append(backend.require(weight._array).convert(weight._array, value, weight.name))
+            converted.append(home.convert(weight._array, value, weight.name))
         for weight, new in zip(own, converted):
             weight._array[...] = new
 
@@ -448,9 +459,9 @@ class RMSprop:
         self._iterations = variable
         self._slots.set_counter(variable)
 
-    def _writeable_counter(self) -> Variable:
-        counter = self.iterations
-        if not backend.require(counter._array).writeable([counter._array]):
+    def _writeable_counter(self) -> Variable | None:
+        counter = self._iterations
+        if counter is not None and not backend.require(counter._array).writeable([counter._array]):
             raise TypeError("iterations has been made read-only")
         return counter
 

@@ -62,6 +62,8 @@ def save(optimizer: RMSprop) -> dict[str, Any]:
 
 def load(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None) -> dict[str, Any]:
     """The keyword arguments of ``RMSprop`` in a configuration dict."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a dict; got {config!r:.80}")
     settings = dict(config)
     for key, off in _KERAS_OFF.items():
         if key in settings and (value := settings.pop(key)) not in off:

@@ -71,11 +71,12 @@ def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequen
     pending = {(entry, name): slot for entry, name, slot in new_slots}
     rules: dict[tuple[np.dtype[Any], bool], Rule] = {}
     updates = []
+    fresh: dict[Entry, Update] = {}
     filled: set[Entry] = set()
     for (entry, grad, indices), factor in zip(pairs, _clip_factors(optimizer, pairs)):
         update = entry.update
         if update is None or pending or entry in filled or (update.mg is not None) != now.flags.centered:
-            update = entry.update = _new_update(entry, pending, now)
+            update = fresh[entry] = _new_update(entry, pending, now)
         filled.add(entry)
         key = (entry.compute, update.mom is not None)
         rule = rules.get(key)
@@ -94,6 +95,8 @@ def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequen
         for planned in plans:
             planned()
         _release(updates)
+        for entry, update in fresh.items():
+            entry.update = update
 
     return apply
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpurms import backend
+from gpurms.kernels.rule import is_bfloat16
 
 if TYPE_CHECKING:
     from gpurms.tape import GradientTape
@@ -150,8 +151,8 @@ def _from_numbers(value: Any, dtype: Any, where: str) -> Array:
 
 
 def is_real(dtype: np.dtype[Any]) -> bool:
-    """Integers and floats, bfloat16 included."""
-    return dtype.kind in "iuf" or dtype.name == "bfloat16"
+    """Integers and floats of up to 64 bits, bfloat16 included."""
+    return (dtype.kind in "iuf" and dtype.itemsize <= 8) or is_bfloat16(dtype)
 
 
 class IndexedSlices:

@@ -20,7 +20,7 @@ import numpy as np
 from gpurms.kernels import numpy as numpy_engine
 from gpurms.kernels import pool
 from gpurms.kernels.numpy import BLOCK, Array, Workspace
-from gpurms.kernels.rule import FLOAT32, FLOAT64, Flags, Rule, Update
+from gpurms.kernels.rule import FLOAT32, FLOAT64, Flags, Rule, Update, is_bfloat16
 
 SMALL = 1 << 15
 """Variables up to this size stay on the calling thread: their kernel is shorter than a change of threads."""
@@ -77,7 +77,9 @@ def engine_report() -> list[tuple[str, bool, str]]:
     asked = os.environ.get("GPURMS_ENGINE") or "auto"
     rows = []
     for name, found in (("numba", _numba_problem()), ("numpy", "")):
-        if asked not in ("auto", name):
+        if asked not in ENGINES:
+            found = f"GPURMS_ENGINE must be one of {', '.join(ENGINES)}; got {asked!r}"
+        elif asked not in ("auto", name):
             found = f"GPURMS_ENGINE={asked}"
         rows.append((name, not found, found or f"{pool.n_threads()} threads"))
     return rows
@@ -261,7 +263,7 @@ def _strided(kernel: Callable[..., None], update: Update, lo: int, hi: int, fact
 
 def _buffer_dtype(array: Array, compute: np.dtype[Any]) -> np.dtype[Any]:
     """The compute type, except for bfloat16 slots of float64 variables: their conversion goes through float32."""
-    return FLOAT32 if compute == FLOAT64 and array.dtype.name == "bfloat16" else compute
+    return FLOAT32 if compute == FLOAT64 and is_bfloat16(array.dtype) else compute
 
 
 def round_to_odd(x: Array) -> Array:
@@ -290,7 +292,8 @@ def _plan_rows(update: Update) -> Callable[[], None]:
     ranges = _row_ranges(starts, row_size)
     values = _flat(update.grad, compute, chosen)
     if values is None:
-        values = np.ascontiguousarray(update.grad.astype(compute)).reshape(-1)
+        with np.errstate(all="ignore"):
+            values = np.ascontiguousarray(update.grad.astype(compute)).reshape(-1)
     values = values.reshape(order.size, row_size)
 
     if chosen.rows is not None and state.views:
@@ -356,7 +359,10 @@ def square_sum(grad: Array, compute: np.dtype[Any], clipvalue: float | None) -> 
     engine and for every memory layout.
     """
     add = engine().square_sum
-    flat = grad.reshape(-1) if grad.flags.c_contiguous else grad.flat
+    flags = grad.flags
+    if grad.size <= SUM_CHUNK and grad.dtype == compute and flags.c_contiguous and flags.aligned and clipvalue is None:
+        return add(grad.reshape(-1))
+    flat = grad.reshape(-1) if flags.c_contiguous else grad.flat
     starts = range(0, grad.size, SUM_CHUNK)
     sums = np.zeros(len(starts))
 

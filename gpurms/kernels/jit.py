@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -15,22 +17,25 @@ from gpurms.kernels import pool
 
 compiling = pool.fork_safe_lock()
 
+_SOURCES = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()[:12]
+"""Of all modules here: Numba looks only at the file of the kernel, not at what the kernel calls."""
+
 
 def jit(signature: Any, *key: Any) -> Callable[[Any], Any]:
     """``numba.njit`` for a kernel that is compiled once per ``key``, kept on disk where a folder can be written.
 
-    The key becomes part of the function's name, for Numba tells symbols apart by name and a counter of the process: a
-    kernel loaded from disk and one just compiled for other flags would have the same.
+    Key and sources become part of the function's name. Numba tells symbols apart by name and a counter of the process:
+    a kernel loaded from disk and one just compiled for other flags would have the same.
     """
 
     def compile_(function: Any) -> Any:
-        function.__qualname__ += "_" + "_".join(_spell(part) for part in key)
+        function.__qualname__ += "_".join(["", *map(_spell, key), _SOURCES])
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
         try:
             return numba.njit(signature, cache=True, **options)(function)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
+        except Exception:  # no folder, a full disk, a damaged file: the cache fails in many ways. Bad code fails again
             return numba.njit(signature, **options)(function)
 
     return compile_

@@ -66,6 +66,9 @@ def update(on: Flags, var: Array, grad: Array, rms: Array, mom: Array, mg: Array
         if on.l2:
             g = np.add(g, np.multiply(weight_decay, var, out=b), out=a)
         if on.decoupled:
+            if g is grad:  # which may be var itself
+                np.copyto(a, grad)
+                g = a
             var -= np.multiply(lr_weight_decay, var, out=b)
 
         t = np.multiply(g, g, out=b)

@@ -70,10 +70,13 @@ def _submit(task: Callable[[], None], count: int) -> list[Future[None]]:
         if _pool is None:
             _pool = ThreadPoolExecutor(max(1, n_threads() - 1), thread_name_prefix="gpurms")
         pool = _pool
+    submitted: list[Future[None]] = []
     try:
-        return [pool.submit(task) for _ in range(count)]
-    except RuntimeError:  # the interpreter is shutting down: the caller does the work alone
-        return []
+        while len(submitted) < count:
+            submitted.append(pool.submit(task))
+    except RuntimeError:  # no thread to be had, or the interpreter is shutting down: the caller does the rest
+        pass
+    return submitted
 
 
 def _forget_pool() -> None:

@@ -102,5 +102,10 @@ def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """ml_dtypes' type, in native byte order, without importing ml_dtypes."""
+    return dtype.name == "bfloat16" and bool(dtype.isnative)
+
+
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)

@@ -2,7 +2,7 @@
 
 Arrays of them are handed over under integer types of the same size (``VIEWS``), and the type of an element says how to
 convert it. Both directions are integer operations that LLVM vectorises, with the bits of NumPy's and ml_dtypes'
-conversions: exact to float32, to nearest even back, subnormals included, NaN kept.
+conversions: exact to float32, to nearest even back, subnormals included. NaN stays NaN; its payload is not kept.
 """
 
 import numba

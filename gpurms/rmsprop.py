@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
 
 import numpy as np
 
-from gpurms import backend, gradients, hyper, settings, step, tape
+from gpurms import gradients, hyper, settings, step, tape
 from gpurms.arguments import flag
-from gpurms.backend import Backend
 from gpurms.hyper import Hyperparameter, Setting
-from gpurms.slots import Entry, Slots, array_of, label
+from gpurms.slots import array_of, label
+from gpurms.state import State
 from gpurms.variable import Variable
 
 _names = itertools.count()
 
 
-class RMSprop:
+class RMSprop(State):
     """RMSprop as TensorFlow r2.0 defines it, in one pass over memory.
 
     For each variable, with gradient ``g`` (every line one or more single IEEE operations in the compute type: float32
@@ -42,28 +42,29 @@ class RMSprop:
     the same on every backend, to the bit.
 
     Args:
-        learning_rate: number >= 0, zero-argument callable, or ``schedules.LearningRateSchedule``.
-        rho: decay of the moving averages, number in [0, 1] or callable.
-        momentum: number in [0, 1] or callable. A momentum slot exists where it is positive or a callable.
-        epsilon: number >= 0 or callable; None means 1e-7, 0 is honoured.
-        centered: normalise by the estimated variance instead of the uncentered second moment.
-        name: name of the optimizer; None makes a unique one.
-        clipnorm: limit for the L2 norm of each gradient.
-        clipvalue: limit for the absolute value of each element, applied before the norm is taken.
-        global_clipnorm: limit for the L2 norm over all gradients of a call; excludes clipnorm.
+        learning_rate: number >= 0, zero-argument callable, or ``schedules.LearningRateSchedule``. Default 0.001.
+        rho: decay of the moving averages, number in [0, 1] or callable. Default 0.9.
+        momentum: number in [0, 1] or callable. A momentum slot exists where it is positive or a callable. Default 0.
+        epsilon: number >= 0 or callable; None means the default, 0 is honoured. Default 1e-7.
+        centered: normalise by the estimated variance instead of the uncentered second moment. Default False.
+        name: name of the optimizer; None makes a unique one. Default "RMSprop".
+        clipnorm: limit for the L2 norm of each gradient. Default None: no limit.
+        clipvalue: limit for the absolute value of each element, applied before the norm is taken. Default None.
+        global_clipnorm: limit for the L2 norm over all gradients of a call; excludes clipnorm. Default None.
         lr: another name of learning_rate, which it overrides.
-        decay: number >= 0 or callable; the rate of a step is ``learning_rate / (1 + decay*iterations)``.
-        weight_decay: number >= 0, or None for none.
+        decay: number >= 0 or callable; the rate of a step is ``learning_rate / (1 + decay*iterations)``. Default 0.
+        weight_decay: number >= 0. Default None: no decay.
         decoupled_weight_decay: True: the variable shrinks by ``lr*weight_decay`` (Keras 3); False: ``weight_decay*var``
-            is added to the gradient (L2, PyTorch).
-        eps_in_sqrt: epsilon inside the square root (TensorFlow with momentum, Keras 3) or outside (PyTorch).
-        lr_in_momentum: the momentum buffer holds steps (TensorFlow) or normalised gradients (PyTorch).
-        nesterov: look ahead by one momentum step.
-        maximize: ascend instead of descend.
-        initial_accumulator_value: value >= 0 at which ``rms`` starts.
-        slot_dtype: type of the accumulators; None: float32 for 16-bit variables, else the variable's.
+            is added to the gradient (L2, PyTorch). Default True.
+        eps_in_sqrt: epsilon inside the square root (TensorFlow with momentum, Keras 3) or outside (PyTorch). Default
+            True.
+        lr_in_momentum: the momentum buffer holds steps (TensorFlow) or normalised gradients (PyTorch). Default True.
+        nesterov: look ahead by one momentum step. Default False.
+        maximize: ascend instead of descend. Default False.
+        initial_accumulator_value: value >= 0 at which ``rms`` starts. Default 0.
+        slot_dtype: type of the accumulators. Default None: float32 for 16-bit variables, else the variable's.
         check_indices: on a GPU, check the indices of sparse gradients before anything changes, at the cost of a
-            synchronisation; False ignores rows out of range there. On the CPU the check is always made.
+            synchronisation; False ignores rows out of range there. On the CPU the check is always made. Default True.
 
     Raises:
         TypeError: an unknown argument, or one of a wrong type.
@@ -85,7 +86,7 @@ class RMSprop:
     momentum, sparse gradients touch only their rows, and clipping works in ``apply_gradients``.
     """
 
-    __slots__ = ("__weakref__", "_batches", "_iterations", "_settings", "_slots")
+    __slots__ = ()
 
     learning_rate = Hyperparameter(hyper.non_negative, "Step size: float, or the schedule.", schedule=True)
     rho = Hyperparameter(hyper.fraction, "Decay of the moving averages.")
@@ -117,10 +118,7 @@ class RMSprop:
         name: str | None = "RMSprop",
         **kwargs: Any,
     ) -> None:
-        self._settings: dict[str, Any] = {}
-        self._slots = Slots()
-        self._iterations: Variable | None = None
-        self._batches: tuple[list[Entry], list[tuple[Backend, list[int]]]] = ([], [])
+        super().__init__()
         options = settings.DEFAULTS | kwargs
         self.learning_rate = options.pop("lr", learning_rate)
         if unknown := options.keys() - settings.DEFAULTS.keys():
@@ -266,153 +264,6 @@ class RMSprop:
         grads, variables = self._gradients(loss, params)
         return [self._apply(zip(grads, variables, strict=True), None)]
 
-    # ------------------------------------------------------------------------------------------------ state
-
-    @property
-    def iterations(self) -> Variable:
-        """The counter of steps: a 0-d int64 ``Variable``, made at the first access or step.
-
-        May be set to a ``Variable`` of the caller's before it exists, which is then counted up; RuntimeError later.
-        """
-        if self._iterations is None:
-            self._set_counter(Variable(np.zeros((), np.int64), name="iterations", trainable=False))
-        assert self._iterations is not None
-        return self._iterations
-
-    @iterations.setter
-    def iterations(self, variable: Variable) -> None:
-        if self._iterations is not None:
-            raise RuntimeError(
-                "Cannot set `iterations` to a new Variable after the Optimizer weights have been created; "
-                "use `iterations.assign`"
-            )
-        if not isinstance(variable, Variable) or variable.shape != () or variable.dtype != np.int64:
-            raise TypeError(f"iterations must be a 0-d int64 Variable; got {variable!r}")
-        self._set_counter(variable)
-
-    @property
-    def weights(self) -> list[Variable]:
-        """The live list of the counter and all slots; empty until the counter exists.
-
-        After the counter, for each call that met new variables: ``rms`` of each of them, ``momentum`` of each, ``mg``
-        of each, as far as they are in use.
-        """
-        return self._slots.weights
-
-    def variables(self) -> list[Variable]:
-        """The same list as ``weights``."""
-        return self._slots.weights
-
-    def get_weights(self) -> list[np.ndarray[Any, Any]]:
-        """Copies of all ``weights`` in host memory."""
-        return [weight.numpy() for weight in self.weights]
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Write what ``get_weights`` returned, or the same without the counter, which then becomes 0.
-
-        Raises:
-            TypeError: weights is not a list or tuple, or an entry does not convert.
-            ValueError: another number of entries, or another shape of one; nothing has been changed then.
-        """
-        if not isinstance(weights, list | tuple):
-            raise TypeError(f"weights must be a list or tuple of arrays; got {type(weights).__name__}")
-        own = self.weights
-        values = [0, *weights] if own and len(weights) == len(own) - 1 else list(weights)
-        if len(values) != len(own):
-            raise ValueError(
-                f"set_weights of optimizer {self.name!r} got {len(weights)} weights, but the optimizer was expecting "
-                f"{len(own)} weights; slots exist after the first step or `add_slot`"
-            )
-        converted = []
-        for weight, value in zip(own, values):
-            home = backend.require(weight._array)
-            if not home.writeable([weight._array]):
-                raise TypeError(f"{weight.name}: expected to write to it; it is read-only")
-            value = home.numbers(array_of(value), weight.name)
-            if np.shape(value) != weight.shape:
-                raise ValueError(
-                    f"Optimizer weight shape {weight.shape} not compatible with provided weight shape "
-                    f"{np.shape(value)} ({weight.name})"
-                )
-            converted.append(home.convert(weight._array, value, weight.name))
-        for weight, new in zip(own, converted):
-            weight._array[...] = new
-
-    def get_slot_names(self) -> list[str]:
-        """Names of the slots in use, in order of first use: of ``rms``, ``momentum``, ``mg`` and the caller's own."""
-        return list(self._slots.names)
-
-    def get_slot(self, var: Any, slot_name: str) -> Variable:
-        """The slot of a variable.
-
-        Raises:
-            KeyError: the optimizer has not met the variable, or it has no slot of that name.
-        """
-        entry = self._slots.find(var)
-        if entry is None:
-            raise KeyError(f"{label(var)} has no slots: the optimizer has not updated it yet")
-        if slot_name not in entry.slots:
-            raise KeyError(f"{label(var)} has no slot {slot_name!r}; it has {list(entry.slots)}")
-        return entry.slots[slot_name]
-
-    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros") -> Variable:
-        """Make a slot of the variable's shape, or return the one it has.
-
-        Args:
-            var: the variable.
-            slot_name: "rms", "momentum" and "mg" are the optimizer's; any other name is the caller's own.
-            initializer: "zeros", "ones", a function of (shape, dtype), or a value of the variable's shape.
-
-        Raises:
-            TypeError, ValueError: no variable, or the initializer's value does not fit.
-
-        >>> import numpy as np
-        >>> opt, var = RMSprop(), np.zeros(2)
-        >>> opt.add_slot(var, "rms", "ones").numpy()
-        array([1., 1.])
-        """
-        hyper.text("slot_name", slot_name)
-        entry = self._slots.find(var) or Entry(var, label(var))
-        if slot_name in entry.slots:
-            return entry.slots[slot_name]
-        slot = self._new_slot(entry, slot_name)
-        _initialize(slot, initializer)
-        self._slots.adopt(entry)
-        self._slots.add(entry, slot_name, slot)
-        return slot
-
-    def add_weight(
-        self,
-        name: str,
-        shape: Sequence[int] | int,
-        dtype: Any = None,
-        initializer: Any = "zeros",
-        trainable: bool | None = None,
-        synchronization: Any = None,
-        aggregation: Any = None,
-    ) -> Variable:
-        """Make a ``Variable`` of the caller's own; it is not among ``weights``.
-
-        Args:
-            name: its name.
-            shape: its shape.
-            dtype: its type; float32 by default.
-            initializer: as in ``add_slot``.
-            trainable: its mark; False by default.
-            synchronization: must be None: there are no replicas to synchronise.
-            aggregation: must be None, likewise.
-
-        >>> RMSprop().add_weight("scale", (2,), initializer="ones").numpy()
-        array([1., 1.], dtype=float32)
-        """
-        for option, value in (("synchronization", synchronization), ("aggregation", aggregation)):
-            if value is not None:
-                raise ValueError(f"{option} must be None, since variables have no replicas here; got {value!r}")
-        array = backend.array_module().zeros(shape, np.float32 if dtype is None else dtype)
-        weight = Variable(array, name=hyper.text("name", name), trainable=bool(trainable))
-        _initialize(weight, initializer)
-        return weight
-
     def get_config(self) -> dict[str, Any]:
         """The settings as a JSON-serializable dict: TensorFlow's keys, then the options that differ from defaults.
 
@@ -442,50 +293,6 @@ class RMSprop:
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in self.get_config().items())
         return f"{type(self).__name__}({settings})"
-
-    def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        attributes, slots = cast("tuple[dict[str, Any] | None, dict[str, Any]]", object.__getstate__(self))
-        return attributes, {key: value for key, value in slots.items() if key != "_batches"}
-
-    def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
-        attributes, slots = state
-        for key, value in {**(attributes or {}), **slots}.items():
-            object.__setattr__(self, key, value)
-        self._batches = ([], [])
-
-    # --------------------------------------------------------------------------------------------- internals
-
-    def _set_counter(self, variable: Variable) -> None:
-        self._iterations = variable
-        self._slots.set_counter(variable)
-
-    def _writeable_counter(self) -> Variable | None:
-        counter = self._iterations
-        if counter is not None and not backend.require(counter._array).writeable([counter._array]):
-            raise TypeError("iterations has been made read-only")
-        return counter
-
-    def _count(self) -> np.int64:
-        return np.int64(0) if self._iterations is None else np.int64(self._iterations.numpy())
-
-    def _new_slot(self, entry: Entry, name: str, value: float = 0.0) -> Variable:
-        natural = entry.compute if entry.dtype.itemsize == 2 else entry.dtype
-        dtype = natural if self.slot_dtype is None else self.slot_dtype
-        owner = entry.variable.name if isinstance(entry.variable, Variable) else "array"
-        array = entry.backend.full(entry.view, value, dtype)
-        return Variable(array, name=f"{self.name}/{owner}/{name}", trainable=False)
-
-
-def _initialize(variable: Variable, initializer: Any) -> None:
-    if callable(initializer) and not isinstance(initializer, Variable):
-        initializer = initializer(variable.shape, variable.dtype)
-    elif isinstance(initializer, str):
-        if initializer not in ("zeros", "ones"):
-            raise ValueError(f"initializer must be 'zeros', 'ones', a function or a value; got {initializer!r}")
-        if initializer == "zeros":
-            return
-        initializer = np.ones(variable.shape)
-    variable.assign(initializer)
 
 
 def _constrain(variable: Any) -> None:

@@ -83,7 +83,11 @@ class _Decay(LearningRateSchedule):
             object.__setattr__(self, field.name, _CHECKS[field.name](what, getattr(self, field.name)))
 
     def __call__(self, step: Any) -> float:
-        return float(self._at(number("step", step, least=0)))
+        t = number("step", step, least=0)
+        try:
+            return float(self._at(t))
+        except OverflowError as error:
+            raise ValueError(f"{self!r} is too large at step {t}") from error
 
     @abstractmethod
     def _at(self, t: float) -> float: ...

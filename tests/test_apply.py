@@ -141,6 +141,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clipnorm": {"clipnorm": 0.1},
     "global_clipnorm": {"global_clipnorm": 0.1},
     "L2": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "weight_decay": {"weight_decay": 0.5, "initial_accumulator_value": 1.0},
 }
 
 
@@ -235,7 +236,7 @@ ALIASES: dict[str, Callable[[np.ndarray], list[Any]]] = {  # of a (4, 3) array
 }
 
 
-@pytest.mark.parametrize("option", ["plain", "clipnorm", "global_clipnorm"])
+@pytest.mark.parametrize("option", ["plain", "clipnorm", "global_clipnorm", "weight_decay"])
 @pytest.mark.parametrize("alias", ALIASES)
 def test_gradients_that_are_variables_of_the_call(alias: str, option: str, engine: str):
     opt, expected_opt = pair_of_optimizers(**OPTIONS[option])

@@ -2,9 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import ml_dtypes
@@ -12,8 +12,9 @@ import numba
 import numpy as np
 import pytest
 
+import gpurms
 from gpurms.kernels import numpy as numpy_engine
-from gpurms.kernels import pool, radix
+from gpurms.kernels import radix
 from gpurms.kernels.cpu import round_to_odd
 from gpurms.kernels.storage import VIEWS, narrow, widen
 
@@ -153,16 +154,17 @@ def test_runs_where_no_cache_can_be_written(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_unit_is_raised_after_the_others_have_ended():
-    done: list[int] = []
+def test_a_change_of_any_kernel_source_compiles_anew(tmp_path: Path):
+    package, cache = tmp_path / "gpurms", tmp_path / "cache"
+    shutil.copytree(Path(gpurms.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    here = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
 
-    def work(unit: int) -> None:
-        if unit == 3:
-            raise KeyError("unit 3")
-        done.append(unit)
+    def names() -> set[str]:
+        return {path.name for path in cache.rglob("*.nbi")}
 
-    with pytest.raises(KeyError, match="unit 3"):
-        pool.run(work, range(8))
-    before = list(done)
-    threading.Event().wait(0.05)
-    assert done == before
+    steps(OPTIONS[:1], cache, here)
+    before = names()
+    helper = package / "kernels" / "storage.py"
+    helper.write_text(helper.read_text() + "\n# changed\n")
+    steps(OPTIONS[:1], cache, here)
+    assert len(names()) == 2 * len(before) > 0

@@ -286,7 +286,7 @@ def _cupy() -> tuple[ModuleType | None, str]:
     except Exception as error:  # CuPy raises errors of several unrelated types here, by what is broken
         reason = f"{type(error).__name__}: {error}"
     version = getattr(cupy, "__version__", "of unknown version")
-    return None, f"CuPy {version} is installed, but {reason}; it needs an NVIDIA driver and its build of CuPy: {install}"
+    return None, f"CuPy {version} is installed, but {reason}; it needs an NVIDIA driver and CuPy for it: {install}"
 
 
 def report() -> list[tuple[str, bool, str]]:

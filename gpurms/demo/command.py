@@ -113,7 +113,8 @@ def _import_extras() -> None:
     try:
         from gpurms.demo import picture, progress  # noqa: F401
     except ImportError as error:
-        raise InputError(f"needs the packages of an extra: pip install 'gpurms[demo]' ({error})") from error
+        install = "pip install matplotlib scikit-learn tqdm"
+        raise InputError(f"needs the packages of the extra 'demo': {install} ({error})") from error
 
 
 def _describe(options: argparse.Namespace, settings: Settings, text: corpus.Corpus, place: str) -> None:

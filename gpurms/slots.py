@@ -149,7 +149,7 @@ class Slots:
         A view is copied apart from the array it was a view of. Whichever of the two the caller goes on with finds the
         slots: the copied view, and its place in the copied array.
         """
-        self.__init__()  # type: ignore[misc]
+        Slots.__init__(self)
         entries: Iterable[tuple[Any, dict[str, Variable], backend.Place | None]] = state.pop("entries")
         self.__dict__.update(state)
         for variable, slots, place in entries:

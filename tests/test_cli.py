@@ -17,7 +17,7 @@ from gpurms import info
 from gpurms.__main__ import main
 from gpurms.demo import command, corpus
 from gpurms.demo.train import Settings
-from tests.test_demo import planted_text
+from tests.planted import planted_text
 
 QUICK = ["--dim", "8", "--epochs", "1", "--subsample", "0", "--batch", "256"]
 

@@ -15,7 +15,7 @@ _arrays = types.Array(types.float32, 1, "C")
 
 
 @numba.njit(types.void(_arrays, _arrays, _arrays), nogil=True)
-def _pass(var, grad, rms):  # type: ignore[no-untyped-def]
+def _pass(var, grad, rms):
     for i in range(var.size):
         g = grad[i]
         var[i] -= g

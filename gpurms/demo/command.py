@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -111,7 +112,8 @@ def _place() -> str:
 def _import_extras() -> None:
     """Fail before the work rather than after it."""
     try:
-        from gpurms.demo import picture, progress  # noqa: F401
+        for name in ("picture", "progress"):
+            importlib.import_module(f"gpurms.demo.{name}")
     except ImportError as error:
         install = "pip install matplotlib scikit-learn tqdm"
         raise InputError(f"needs the packages of the extra 'demo': {install} ({error})") from error

@@ -7,6 +7,7 @@ buffers of the compute type.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from bisect import bisect_left
@@ -103,7 +104,7 @@ def _numba_problem() -> str:
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed: pip install numba"
     try:
-        from gpurms.kernels import numba  # noqa: F401
+        importlib.import_module("gpurms.kernels.numba")
     except ImportError as error:  # Numba refuses NumPy versions newer than itself in this way
         return f"Numba does not import: {error}"
     return ""

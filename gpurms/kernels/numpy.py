@@ -40,8 +40,11 @@ def storage(dtype: np.dtype[Any], compute: np.dtype[Any]) -> np.dtype[Any] | Non
     return dtype if dtype == compute else None
 
 
-def dense(flags: Flags, compute: np.dtype[Any], storages: Any = None) -> Callable[..., None]:
-    """``f(var, grad, rms, mom, mg, factor, scalars)``: one update of 1-D contiguous arrays of the compute type."""
+def dense(flags: Flags, compute: np.dtype[Any], storages: Any) -> Callable[..., None]:
+    """``f(var, grad, rms, mom, mg, factor, scalars)``: one update of 1-D contiguous arrays, in place.
+
+    All ``storages`` are the compute type: ``storage`` names no other.
+    """
 
     def blocks(var: Array, grad: Array, rms: Array, mom: Array, mg: Array, factor: Any, scalars: Array) -> None:
         for i in range(0, var.size, BLOCK):

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from gpurms.slots import Entry, memory_owner
+from gpurms.slots import Entry
 from gpurms.variable import Array
 
 Pair = tuple[Entry, Array, Array | None]
@@ -25,7 +25,7 @@ def detach(pairs: list[Pair], owners: set[int]) -> list[Pair]:
 
     ``owners`` are those of all memory that the call writes to.
     """
-    if not any(memory_owner(grad) in owners for _, grad, _ in pairs):
+    if not any(entry.backend.owner(grad) in owners for entry, grad, _ in pairs):
         return pairs
     entries = [entry for entry, _, _ in pairs]
     written = sorted({span for entry in entries for span in _written(entry)})

@@ -7,35 +7,21 @@ and PyTorch are never imported here before an array or the caller asks for them.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from gpurms.clipping import Clip
+from gpurms.host import NumPy
 from gpurms.kernels import cpu
 from gpurms.kernels.rule import Update
+from gpurms.place import Place
 
 Array = Any
-
-
-class Place(NamedTuple):
-    """A view as a place in the array that owns its memory, so that it can be found again in a copy of the owner."""
-
-    owner: np.ndarray[Any, Any]
-    owner_strides: tuple[int, ...]
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    def view(self) -> np.ndarray[Any, Any] | None:
-        """The view, or None if the owner was copied into another layout."""
-        if self.owner.strides != self.owner_strides:
-            return None
-        flat = self.owner.reshape(-1, order="A").view(np.uint8)
-        return np.ndarray(self.shape, self.dtype, flat, self.offset, self.strides)
 
 
 class Backend(Protocol):
@@ -45,6 +31,18 @@ class Backend(Protocol):
 
     def view(self, array: Array) -> Array:
         """The array as the plain array type of the library, sharing memory."""
+        ...
+
+    def device(self, array: Array) -> int | None:
+        """The device that holds the array; None for the host."""
+        ...
+
+    def owner(self, array: Array) -> int:
+        """Equal for arrays that may share memory: the id of its owner, or 0 for all memory that none is known to own.
+
+        Memory from outside (buffers, memory maps, tensors of other libraries) may come with a new owner at every
+        export.
+        """
         ...
 
     def writeable(self, arrays: Sequence[Array]) -> bool:
@@ -87,8 +85,12 @@ class Backend(Protocol):
         """Convert and copy ``value`` into the array."""
         ...
 
-    def out_of_range(self, indices: Array, n_rows: int) -> int | None:
-        """Position of the first index outside [0, n_rows), or None."""
+    def increment(self, counter: Array) -> None:
+        """Add 1 to a 0-d array."""
+        ...
+
+    def first_outside(self, requests: Sequence[tuple[Array, int]]) -> tuple[int, int] | None:
+        """Of (indices, n_rows), the first request with an index outside [0, n_rows), and the first such offset."""
         ...
 
     def indices(self, array: Array, indices: Any) -> Array:
@@ -99,119 +101,21 @@ class Backend(Protocol):
         """``dense`` plus values at rows, repeated ones included."""
         ...
 
-    def square_sum(self, grad: Array, compute: np.dtype[Any], clipvalue: float | None) -> Any:
-        """Sum of squares as a float64 scalar of the library."""
+    def square_sums(
+        self, grads: Sequence[Array], computes: Sequence[np.dtype[Any]], clipvalue: float | None
+    ) -> list[float]:
+        """The sum of squares of each gradient, on the host."""
+        ...
+
+    def clip_factors(
+        self, grads: Sequence[Array], computes: Sequence[np.dtype[Any]], clip: Clip, factor: float | None
+    ) -> list[Any]:
+        """The clip factor of each gradient, in its compute type and where it is; ``factor``: known already."""
         ...
 
     def plan(self, updates: Sequence[Update]) -> Callable[[], None]:
         """Prepare updates of distinct variables; the function returned applies them."""
         ...
-
-
-class NumPy:
-    """NumPy arrays, updated by the engines of ``kernels/cpu.py``."""
-
-    name = "NumPy"
-    plan = staticmethod(cpu.plan)
-    square_sum = staticmethod(cpu.square_sum)
-
-    def view(self, array: Array) -> Array:
-        """Memory-mapped arrays and other subclasses as plain ``numpy.ndarray``."""
-        return np.asarray(array)
-
-    def writeable(self, arrays: Sequence[Array]) -> bool:
-        """As the arrays' flags say."""
-        for array in arrays:
-            if not array.flags.writeable:
-                return False
-        return True
-
-    def scalar(self, value: Any) -> Array | None:
-        """NumPy's scalar types; Python's numbers have no type to check."""
-        return np.asarray(value) if isinstance(value, np.generic) else None
-
-    def key(self, array: Array) -> Any:
-        """Pointer, shape, strides and type; the object of an empty array."""
-        if array.size == 0:
-            return id(array)
-        return array.__array_interface__["data"][0], array.shape, array.strides, array.dtype
-
-    def bounds(self, array: Array) -> tuple[int, int]:
-        """As ``numpy.lib.array_utils.byte_bounds`` computes them."""
-        return np.lib.array_utils.byte_bounds(array)
-
-    def place(self, view: Array) -> Place | None:
-        """Only views of arrays: other owners of memory, such as a memory map, are not copied with the array."""
-        owner = view
-        while isinstance(owner.base, np.ndarray):
-            owner = owner.base
-        contiguous = owner.flags.c_contiguous or owner.flags.f_contiguous
-        if owner is view or owner.base is not None or view.size == 0 or not contiguous:
-            return None
-        offset = view.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
-        return Place(owner, owner.strides, offset, view.shape, view.strides, view.dtype)
-
-    def full(self, like: Array, value: float, dtype: np.dtype[Any]) -> Array:
-        """Zeros come from calloc: a table's slots occupy memory only where rows have been touched."""
-        order: Any = "F" if like.flags.f_contiguous and not like.flags.c_contiguous else "C"
-        if value == 0:
-            return np.zeros(like.shape, dtype, order)
-        return np.full(like.shape, value, dtype, order)
-
-    def host(self, array: Array) -> np.ndarray[Any, Any]:
-        """A copy."""
-        return np.array(array)
-
-    def numbers(self, value: Any, where: str) -> Array:
-        """As NumPy reads them; ragged lists are none."""
-        try:
-            return np.asarray(value)
-        except ValueError as error:
-            raise TypeError(f"{where}: expected an array of numbers; got {value!r:.80}") from error
-
-    def convert(self, like: Array, value: Any, where: str) -> Array:
-        """Numbers convert to any float type; floats do not convert to integers."""
-        converted = self.numbers(value, where)
-        if converted.shape != like.shape:
-            raise ValueError(f"{where}: expected shape {like.shape}; got {converted.shape}")
-        if not _converts(converted.dtype, like.dtype):
-            raise TypeError(f"{where}: cannot convert {converted.dtype} to {like.dtype}")
-        return converted.astype(like.dtype)
-
-    def write(self, array: Array, value: Any, where: str) -> None:
-        """In place."""
-        if not self.writeable([array]):
-            raise TypeError(f"{where}: expected a writeable array; got a read-only one")
-        array[...] = self.convert(array, value, where)
-
-    def indices(self, array: Array, indices: Any) -> Array:
-        """Integers of any type; an empty list has none."""
-        found = np.asarray(indices)
-        if found.size == 0:
-            found = found.astype(np.int64)
-        if found.dtype.kind not in "iu":
-            raise TypeError(f"indices must be integers; got {found.dtype}")
-        if found.dtype == np.uint64:  # beyond int64 they would turn negative
-            found = np.minimum(found, np.uint64(np.iinfo(np.int64).max))
-        return found if found.dtype == np.int32 else found.astype(np.int64, copy=False)
-
-    def add_rows(self, dense: Array, indices: Array, values: Array) -> Array:
-        """In order of occurrence."""
-        total = np.array(dense)
-        np.add.at(total, indices, values)
-        return total
-
-    def out_of_range(self, indices: Array, n_rows: int) -> int | None:
-        """One pass, in which negative numbers are huge ones; another only to name the culprit."""
-        if indices.size == 0 or indices.view(f"u{indices.itemsize}").max() < n_rows:
-            return None
-        return int(np.flatnonzero((indices < 0) | (indices >= n_rows))[0])
-
-
-def _converts(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
-    if target.kind in "iu":
-        return source.kind in "biu"
-    return source.kind in "biuf" or source.name == "bfloat16"
 
 
 _backends: dict[type, Backend | None] = {np.ndarray: NumPy()}
@@ -226,15 +130,29 @@ def of(array: object) -> Backend | None:
         found = None
         if issubclass(kind, np.ndarray) and not issubclass(kind, np.ma.MaskedArray):
             found = _backends[np.ndarray]
+        elif "cupy" in sys.modules and issubclass(kind, sys.modules["cupy"].ndarray):
+            found = _cupy_backend()
         _backends[kind] = found
         return found
+
+
+@cache
+def _cupy_backend() -> Backend:
+    """One for all types of CuPy arrays; imported with the first of them.
+
+    Raises:
+        RuntimeError: no GPU answers; an array without one holds memory that no kernel can reach.
+    """
+    from gpurms.device import CuPy
+
+    return CuPy()
 
 
 def require(array: Array) -> Backend:
     """The backend of an array that has one."""
     found = of(array)
     if found is None:
-        raise TypeError(f"expected a NumPy array; got {type_name(array)}")
+        raise TypeError(f"expected a NumPy or CuPy array; got {type_name(array)}")
     return found
 
 
@@ -291,6 +209,6 @@ def _cupy() -> tuple[ModuleType | None, str]:
 
 def report() -> list[tuple[str, bool, str]]:
     """Rows (engine, usable, detail), the preferred first."""
-    _, problem = _cupy()
-    cuda = ("cuda", False, problem or "the CUDA kernels are not part of this version")
-    return [cuda, *cpu.engine_report()]
+    cupy, problem = _cupy()
+    detail = "" if cupy is None else f"{cupy.cuda.runtime.getDeviceCount()} devices"
+    return [("cuda", cupy is not None, problem or detail), *cpu.engine_report()]

@@ -32,7 +32,7 @@ def read_pairs(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
     return items
 
 
-def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
+def check_pairs(slots: Slots, items: list[tuple[Any, Any]], check_indices: bool) -> list[Pair]:
     """Find or make the entries and check the gradients; pairs without a gradient are left out, with a warning.
 
     Raises:
@@ -64,6 +64,8 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]]) -> list[Pair]:
             UserWarning,
             stacklevel=4,  # the line that called the public method that called `_apply`
         )
+    _check_devices(pairs)
+    _check_indices(pairs, check_indices)
     return aliasing.detach(pairs, slots.owners | {entry.owner for entry in made.values()} if made else slots.owners)
 
 
@@ -117,7 +119,31 @@ def _sparse(entry: Entry, variable: Any, grad: IndexedSlices, position: int) -> 
         raise ValueError(f"{where}: expected gradient values of shape {expected}; got {values.shape}")
     if grad.dense_shape is not None and not np.array_equal(grad.dense_shape, entry.shape):
         raise ValueError(f"{where}: expected dense_shape {entry.shape}; got {grad.dense_shape}")
-    outside = entry.backend.out_of_range(indices, entry.shape[0])
-    if outside is not None:
-        raise IndexError(f"{where}: index {int(indices[outside])} at offset {outside} is outside [0, {entry.shape[0]})")
     return entry, values, indices
+
+
+def _check_devices(pairs: list[Pair]) -> None:
+    for entry, grad, indices in pairs:
+        if entry.device is not None:
+            for array in (grad,) if indices is None else (grad, indices):
+                if array.size and entry.backend.device(array) != entry.device:
+                    raise ValueError(
+                        f"{label(entry.variable)} is on GPU {entry.device}, but its gradient on GPU "
+                        f"{entry.backend.device(array)}: move one of them"
+                    )
+
+
+def _check_indices(pairs: list[Pair], on_devices: bool) -> None:
+    """All indices at once, for on a GPU the answer has to be waited for; ``on_devices``: whether to wait there."""
+    by_home: dict[backend.Backend, list[tuple[Entry, Array]]] = {}
+    for entry, _, indices in pairs:
+        if indices is not None and (entry.device is None or on_devices):
+            by_home.setdefault(entry.backend, []).append((entry, indices))
+    for home, some in by_home.items():
+        found = home.first_outside([(indices, entry.shape[0]) for entry, indices in some])
+        if found is not None:
+            (entry, indices), offset = some[found[0]], found[1]
+            raise IndexError(
+                f"{label(entry.variable)}: index {int(indices[offset])} at offset {offset} is outside "
+                f"[0, {entry.shape[0]})"
+            )

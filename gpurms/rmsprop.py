@@ -180,7 +180,7 @@ class RMSprop(State):
         if not items:
             return self._count()
         counter = self._writeable_counter()
-        pairs = gradients.check_pairs(self._slots, items)
+        pairs = gradients.check_pairs(self._slots, items, self.check_indices)
         now = step.read(self, int(self._count()))
         new_slots = step.missing_slots(self, pairs, now.flags)
         apply = step.plan(self, pairs, now, new_slots)

@@ -10,6 +10,7 @@ import numpy as np
 from gpurms import backend
 from gpurms.hyper import FLOAT_NAMES, is_supported
 from gpurms.kernels.rule import FLOAT32, FLOAT64, Update, compute_dtype
+from gpurms.place import Place
 from gpurms.variable import Array, Variable
 
 
@@ -22,6 +23,7 @@ class Entry:
         "backend",
         "bounds",
         "compute",
+        "device",
         "dtype",
         "key",
         "owner",
@@ -50,7 +52,8 @@ class Entry:
         self.accepts = {self.dtype, FLOAT32, FLOAT64} if self.dtype.itemsize == 2 else {self.dtype}
         self.view = home.view(self.array)
         self.key = home.key(self.array)
-        self.owner = memory_owner(self.view)
+        self.owner = home.owner(self.view)
+        self.device = home.device(self.view)
         self.bounds = home.bounds(self.view)
         self.slots: dict[str, Variable] = {}
         self.written: list[Array] = [self.array]  # and the slots' arrays: what a step writes to
@@ -66,19 +69,6 @@ class Entry:
 def array_of(variable: Any) -> Any:
     """The array of a ``Variable``, or the argument itself."""
     return variable._array if isinstance(variable, Variable) else variable
-
-
-def memory_owner(array: Array) -> int:
-    """Equal for arrays that may share memory: the id of the array that owns it, or 0 for all memory that none owns.
-
-    Memory from outside (buffers, memory maps, tensors of other libraries) may come with a new owner at every export.
-    """
-    kind = type(array)
-    while (base := array.base) is not None:
-        if not isinstance(base, kind) and backend.of(base) is None:
-            return 0
-        array = base
-    return id(array)
 
 
 def label(variable: Any, position: int | None = None) -> str:
@@ -128,7 +118,7 @@ class Slots:
     def add(self, entry: Entry, name: str, slot: Variable) -> None:
         """Add a slot to an adopted entry."""
         entry.add(name, slot)
-        self.owners.add(memory_owner(slot._array))
+        self.owners.add(entry.backend.owner(slot._array))
         if name not in self.names:
             self.names.append(name)
         (self.weights if self.weights else self._before_counter).append(slot)
@@ -150,7 +140,7 @@ class Slots:
         slots: the copied view, and its place in the copied array.
         """
         Slots.__init__(self)
-        entries: Iterable[tuple[Any, dict[str, Variable], backend.Place | None]] = state.pop("entries")
+        entries: Iterable[tuple[Any, dict[str, Variable], Place | None]] = state.pop("entries")
         self.__dict__.update(state)
         for variable, slots, place in entries:
             for each in (variable, None if place is None else place.view()):
@@ -160,4 +150,4 @@ class Slots:
                         entry.add(name, slot)
                     entry.slots = slots
                     self.adopt(entry)
-            self.owners.update(memory_owner(slot._array) for slot in slots.values())
+            self.owners.update(backend.require(slot._array).owner(slot._array) for slot in slots.values())

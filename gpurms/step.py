@@ -13,6 +13,7 @@ import numpy as np
 from gpurms import aliasing, clipping
 from gpurms.aliasing import Pair
 from gpurms.backend import Backend
+from gpurms.clipping import Clip
 from gpurms.kernels.rule import Flags, Rule, Step, Update
 from gpurms.slots import Entry
 from gpurms.variable import Variable
@@ -73,7 +74,7 @@ def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequen
     updates = []
     fresh: dict[Entry, Update] = {}
     filled: set[Entry] = set()
-    for (entry, grad, indices), factor in zip(pairs, _clip_factors(optimizer, pairs)):
+    for (entry, grad, indices), factor in zip(pairs, clipping.factors(pairs, _clip(optimizer))):
         update = entry.update
         if update is None or pending or entry in filled or (update.mg is not None) != now.flags.centered:
             update = fresh[entry] = _new_update(entry, pending, now)
@@ -114,15 +115,10 @@ def _new_update(entry: Entry, pending: Mapping[tuple[Entry, str], Variable], now
     return Update(entry.view, rms, mom, mg if now.flags.centered else None, rule, grad=None)
 
 
-def _clip_factors(optimizer: RMSprop, pairs: Sequence[Pair]) -> list[Any]:
-    clip = optimizer.clipnorm if optimizer.global_clipnorm is None else optimizer.global_clipnorm
-    if clip is None:
-        return [None] * len(pairs)
-    clipvalue = optimizer.clipvalue
-    sums = [entry.backend.square_sum(grad, entry.compute, clipvalue) for entry, grad, _ in pairs]
-    if optimizer.global_clipnorm is not None:
-        sums = [sum(sums)] * len(sums)
-    return [clipping.factor(each, clip, entry.compute) for each, (entry, _, _) in zip(sums, pairs)]
+def _clip(optimizer: RMSprop) -> Clip | None:
+    over_all = optimizer.global_clipnorm is not None
+    limit = optimizer.global_clipnorm if over_all else optimizer.clipnorm
+    return None if limit is None else Clip(limit, over_all, optimizer.clipvalue)
 
 
 def _batches(optimizer: RMSprop, entries: list[Entry]) -> list[tuple[Backend, list[int]]]:

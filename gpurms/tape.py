@@ -171,10 +171,11 @@ def gather(variable: Any, indices: Any) -> Any:
     at = home.indices(array, array_of(indices))
     if not array.shape:
         raise ValueError(f"{label(variable)} is 0-d and has no rows")
-    outside = home.out_of_range(at.reshape(-1), array.shape[0])
+    outside = home.first_outside([(at.reshape(-1), array.shape[0])])
     if outside is not None:
+        offset = outside[1]
         raise IndexError(
-            f"{label(variable)}: index {int(at.reshape(-1)[outside])} at offset {outside} is outside "
+            f"{label(variable)}: index {int(at.reshape(-1)[offset])} at offset {offset} is outside "
             f"[0, {array.shape[0]})"
         )
     rows = home.view(array)[at]

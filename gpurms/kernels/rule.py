@@ -32,10 +32,14 @@ class Flags(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The update of one step in one compute type: ``flags`` and ``scalars``, shape (7,), rounded to that type."""
+    """The update of one step in one compute type: ``flags`` and ``scalars``, shape (7,), rounded to that type.
+
+    ``live`` is where a capturable optimizer keeps the scalars on GPUs, for graphs to read them; None elsewhere.
+    """
 
     flags: Flags
     scalars: np.ndarray[Any, np.dtype[np.floating[Any]]]
+    live: Any = None
 
     @property
     def compute(self) -> np.dtype[np.floating[Any]]:
@@ -54,9 +58,10 @@ class Step:
     weight_decay: float
     clipvalue: float | None
     flags: Flags
+    live: Any = None
 
-    def rule(self, compute: np.dtype[Any], has_momentum: bool) -> Rule:
-        """The rule for variables of one compute type, with or without a momentum slot.
+    def scalars(self, compute: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        """The scalars in the order of ``SCALARS``.
 
         ``1 - rho`` and ``lr*weight_decay`` are formed in float64 and rounded once, like every other scalar.
         """
@@ -70,9 +75,12 @@ class Step:
             "clipvalue": 0.0 if self.clipvalue is None else self.clipvalue,
         }
         with np.errstate(over="ignore", under="ignore"):
-            rounded = np.array([scalars[name] for name in SCALARS]).astype(compute)
+            return np.array([scalars[name] for name in SCALARS]).astype(compute)
+
+    def rule(self, compute: np.dtype[Any], has_momentum: bool) -> Rule:
+        """The rule for variables of one compute type, with or without a momentum slot."""
         flags = self.flags._replace(has_momentum=has_momentum, nesterov=self.flags.nesterov and has_momentum)
-        return Rule(flags, rounded)
+        return Rule(flags, self.scalars(compute), self.live)
 
 
 @dataclass(slots=True, eq=False)

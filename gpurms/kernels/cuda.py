@@ -1,0 +1,291 @@
+"""CuPy arrays: what one call launches, on each device, on CuPy's current stream there.
+
+Contiguous dense variables go through ``multi.cu``, one launch for all that share types and rule; others through an
+``ElementwiseKernel`` each, with the same rule; sparse gradients through ``rows.cu``. ``plan`` compiles and allocates,
+so that what can fail fails before anything changes; the function it returns only launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import cupy
+import numpy as np
+
+from gpurms.kernels import cuda_rows
+from gpurms.kernels.launch import (
+    POINTER,
+    TYPES,
+    Kernel,
+    Planned,
+    defines,
+    elementwise,
+    flags,
+    is_capturing,
+    kernel,
+    parameter_bytes,
+    scalars_type,
+    table_type,
+    types,
+)
+from gpurms.kernels.rule import SCALARS, Flags, Rule, Update
+
+THREADS = 256
+RULE = ("storage.cuh", "rmsprop.cuh")
+HEADER = 96
+"""Bytes of parameters kept free for those in front of a table, and for its alignment."""
+
+
+class State:
+    """What stays the same from step to step: where variable and slots are, and their types."""
+
+    __slots__ = ("_tables", "addresses", "device", "n", "slots", "table", "types", "workspace")
+
+    def __init__(self, update: Update) -> None:
+        var = update.var
+        self.slots = [slot for slot in (update.rms, update.mom, update.mg) if slot is not None]
+        self.device: int = var.data.device_id
+        self.n: int = var.size
+        arrays = [var, *self.slots]
+        same_type = all(slot.dtype == update.rms.dtype for slot in self.slots)
+        flat = same_type and all(array.flags.c_contiguous for array in arrays)
+        self.addresses = [int(array.data.ptr) for array in arrays] if flat else []
+        self.types = (var.dtype, update.rms.dtype)
+        self.table: _Table | None = None  # of the group of updates that this one is the first of
+        self.workspace = cuda_rows.Workspace()
+        self._tables: cuda_rows.Tables | None = None
+
+    def tables(self, update: Update) -> cuda_rows.Tables:
+        """The arrays as tables of rows."""
+        if self._tables is None:
+            self._tables = cuda_rows.Tables(update)
+        return self._tables
+
+
+def prepared(update: Update) -> State:
+    """The state of an update, made at its first step."""
+    state: State | None = update.prepared
+    if state is None:
+        state = update.prepared = State(update)
+    return state
+
+
+def plan(updates: Sequence[Update]) -> Planned:
+    """Compile and allocate all that the updates need; the function returned launches them."""
+    by_device: dict[int, list[Update]] = {}
+    for update in updates:
+        by_device.setdefault(prepared(update).device, []).append(update)
+    plans = [(device, _plan_on_device(device, some)) for device, some in by_device.items()]
+
+    def apply() -> None:
+        for device, planned in plans:
+            with cupy.cuda.Device(device):
+                for each in planned:
+                    each()
+
+    return apply
+
+
+def _plan_on_device(device: int, updates: Sequence[Update]) -> list[Planned]:
+    with cupy.cuda.Device(device):
+        planned = list(_send_scalars(device, updates))
+        groups: dict[Any, list[Update]] = {}
+        for update in updates:
+            state: State = update.prepared
+            if state.n == 0:
+                continue
+            if update.indices is not None:
+                if update.indices.size:
+                    live = live_scalars(update.rule, device)
+                    planned.append(cuda_rows.plan(update, state.tables(update), live, state.workspace))
+            elif state.addresses and update.grad.flags.c_contiguous:
+                groups.setdefault((id(update.rule), state.types, update.grad.dtype), []).append(update)
+            else:
+                planned.append(_plan_strided(update))
+        return planned + [_plan_dense(group) for group in groups.values()]
+
+
+def _send_scalars(device: int, updates: Sequence[Update]) -> Iterator[Planned]:
+    """Launches that bring the scalars of a capturable step to the device; none while a graph is captured."""
+    capturing = is_capturing()
+    for rule in {id(update.rule): update.rule for update in updates}.values():
+        if rule.live is not None:
+            sending = rule.live.sending(device, rule.scalars, capturing)
+            if sending is not None:
+                yield sending
+        elif capturing:
+            raise RuntimeError("a step can be captured in a graph only if the optimizer has capturable=True")
+
+
+class LiveScalars:
+    """The scalars of a capturable optimizer's steps in device memory, where a replayed graph finds them."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[int, np.dtype[Any]], Any] = {}
+
+    def sending(self, device: int, scalars: np.ndarray[Any, Any], capturing: bool) -> Planned | None:
+        """The launch that writes ``scalars``; None while capturing, where it would be replayed with old numbers."""
+        key = (device, scalars.dtype)
+        if capturing:
+            if key not in self._arrays:
+                raise RuntimeError(TAKE_A_STEP)
+            return None
+        if key not in self._arrays:
+            self._arrays[key] = cupy.empty(len(SCALARS), scalars.dtype)
+        array = self._arrays[key]
+        write = set_scalars(scalars.dtype)
+        write.compile()
+        return lambda: write(1, 1, scalars.view(scalars_type(scalars.dtype)), array)
+
+    def array(self, device: int, compute: np.dtype[Any]) -> Any:
+        """Where the scalars of one type are on a device."""
+        return self._arrays[device, compute]
+
+    def send(self, scalars_of: Any) -> None:
+        """Write ``scalars_of(compute)`` to every place that a step has read scalars from."""
+        for device, compute in self._arrays:
+            with cupy.cuda.Device(device):
+                sending = self.sending(device, scalars_of(compute), is_capturing())
+                if sending is None:
+                    raise RuntimeError("a replay cannot be prepared while a graph is captured")
+                sending()
+
+
+TAKE_A_STEP = "take one step with these variables before capturing one in a graph: it makes slots and scalars"
+
+
+def set_scalars(compute: np.dtype[Any]) -> Kernel:
+    """``set_scalars`` of scalars.cu."""
+    macros = defines(types(compute), flags(Flags()))
+    return kernel((*RULE, "scalars.cu"), "set_scalars", macros, (scalars_type(compute), POINTER))
+
+
+def live_scalars(rule: Rule, device: int) -> Any:
+    """Where kernels find the rule's scalars on the device, or None: among their parameters."""
+    return None if rule.live is None else rule.live.array(device, rule.compute)
+
+
+# -------------------------------------------------------------------------------------------------- dense, contiguous
+
+
+class _Table:
+    """The table of a group of updates, for as many launches as its length needs.
+
+    Only gradients and factors change from step to step. It is a kernel parameter, which a launch copies, so it may be
+    written again at once.
+    """
+
+    def __init__(self, updates: list[Update]) -> None:
+        first, state = updates[0], prepared(updates[0])
+        rule, grad_type = first.rule, first.grad.dtype
+        self.updates = updates
+        self.flags, self.grad_type = rule.flags, grad_type
+        n_slots = len(state.slots)
+        n_columns = 2 + n_slots + rule.flags.clip_norm + 2  # var, grad, slots, factor, n, first_tile
+        self.factor_column = 2 + n_slots
+        widest = parameter_bytes(state.device)
+        narrow, wide = ((n_bytes - HEADER) // (8 * n_columns) for n_bytes in (4096, widest))
+        capacity = narrow if len(updates) <= narrow else wide
+        var_type, slot_type = state.types
+        elements = types(rule.compute, var_t=var_type, grad_t=grad_type, slot_t=slot_type)
+        tile = THREADS * elements["VECTOR"]
+        parameters = (scalars_type(rule.compute), POINTER, np.int32, table_type(8 * n_columns * capacity))
+        macros = defines(flags(rule.flags), elements, {"THREADS": THREADS, "CAPACITY": capacity})
+        self.kernel = kernel((*RULE, "multi.cu"), "multi", macros, parameters)
+
+        n_launches = -(-len(updates) // capacity)
+        self.words = np.zeros((n_launches * capacity, n_columns), np.int64)
+        states = [prepared(update) for update in updates]
+        rows = self.words[: len(updates)]
+        rows[:, [0, *range(2, 2 + n_slots)]] = [each.addresses for each in states]
+        rows[:, -2] = [each.n for each in states]
+        n_tiles = -(-rows[:, -2] // tile)
+        self.launches = []  # blocks, variables, struct
+        for left in range(0, len(updates), capacity):
+            some = n_tiles[left : left + capacity]
+            ends = np.cumsum(some)
+            rows[left : left + capacity, -1] = ends - some
+            struct = self.words[left : left + capacity].reshape(-1).view(parameters[-1])
+            self.launches.append((int(ends[-1]), some.size, struct))
+
+    def fill(self) -> None:
+        """Gradients and factors of this step."""
+        n = len(self.updates)
+        self.words[:n, 1] = [update.grad.data.ptr for update in self.updates]
+        if self.flags.clip_norm:
+            self.words[:n, self.factor_column] = [update.factor.address for update in self.updates]
+
+    def fits(self, updates: list[Update]) -> bool:
+        """Whether it is the table of these updates, in this order."""
+        rule = updates[0].rule
+        return self.flags == rule.flags and self.grad_type == updates[0].grad.dtype and self.updates == updates
+
+
+def _plan_dense(updates: list[Update]) -> Planned:
+    state = prepared(updates[0])
+    table = state.table
+    if table is None or not table.fits(updates):
+        table = state.table = _Table(updates)
+    table.fill()
+    table.kernel.compile()
+    rule = updates[0].rule
+    scalars, live = rule.scalars.view(scalars_type(rule.compute)), live_scalars(rule, state.device)
+    kept = [(update.grad, update.factor) for update in updates]
+    return partial(_launch_dense, table, scalars, live, kept)
+
+
+def _launch_dense(table: _Table, scalars: np.ndarray[Any, Any], live: Any, kept: list[Any]) -> None:
+    """``kept`` is what the launches read: it lives as long as the plan, which for a captured step is long."""
+    for n_blocks, count, struct in table.launches:
+        table.kernel(n_blocks, THREADS, scalars, live, count, struct)
+
+
+# ------------------------------------------------------------------------------------------------ dense, other layouts
+
+
+def _plan_strided(update: Update) -> Planned:
+    """CuPy's kernel works out where elements are, in any layout; the operation is the same rule."""
+    rule = update.rule
+    names = ["var", "rms", "mom", "mg"]
+    written = {name: array for name in names if (array := getattr(update, name)) is not None}
+    compute = TYPES[rule.compute.name]
+    readable = {"grad": update.grad, **written}
+    macros = {f"{name}_t": TYPES[array.dtype.name] for name, array in readable.items()}
+    live = live_scalars(rule, prepared(update).device)
+    raw = {"factor": update.factor.view} if rule.flags.clip_norm else {}
+    raw |= {} if live is None else {"live": live}
+    scalars = {} if live is not None else dict(zip(SCALARS, rule.scalars))
+
+    inputs = [f"{_plain_type(update.grad)} grad", *(f"raw {rule.compute.name} {name}" for name in raw)]
+    inputs += [f"{rule.compute.name} {name}" for name in scalars]
+    outputs = [f"{_plain_type(array)} {name}" for name, array in written.items()]
+    numbers = [f"live[{i}]" for i in range(len(SCALARS))] if live is not None else SCALARS
+    lines = ["using namespace gpurms;", f"Scalars s = {{{', '.join(numbers)}}};"]
+    lines += [
+        f"{compute} {name}_ = {f'widen(reinterpret_cast<const {name}_t&>({name}))' if name in readable else 0};"
+        for name in ("grad", *names)
+    ]
+    factor = "factor[0]" if "factor" in raw else "1"
+    lines.append(f"update(load(grad_, {factor}, s), var_, rms_, mom_, mg_, s);")
+    lines += [f"narrow({name}_, reinterpret_cast<{name}_t&>({name}));" for name in written]
+    run = elementwise(
+        ", ".join(inputs), ", ".join(outputs), "\n".join(lines),
+        defines(flags(rule.flags), types(rule.compute), macros), RULE,
+    )  # fmt: skip
+    arguments = [_plain(update.grad), *raw.values(), *scalars.values(), *(_plain(array) for array in written.values())]
+    return partial(_launch_strided, run, arguments)
+
+
+def _launch_strided(run: Any, arguments: list[Any]) -> None:
+    run(*arguments)
+
+
+def _plain_type(array: Any) -> str:
+    return "uint16" if array.dtype.itemsize == 2 else str(array.dtype.name)
+
+
+def _plain(array: Any) -> Any:
+    """16-bit floats as their bits, which every CuPy passes."""
+    return array.view(np.uint16) if array.dtype.itemsize == 2 else array

@@ -1,0 +1,157 @@
+"""Clip factors of CuPy gradients: sums of squares, norms and factors, all on the device, nothing waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from gpurms.kernels.launch import (
+    POINTER,
+    defines,
+    flags,
+    kernel,
+    parameter_bytes,
+    scalars_type,
+    table_type,
+    types,
+)
+from gpurms.kernels.rule import FLOAT32, SCALARS, Flags
+
+CHUNK = 1 << 16
+THREADS = 256
+FILES = ("storage.cuh", "rmsprop.cuh", "norm.cu")
+HEADER = 96
+COLUMNS = 4  # of the struct Gradient: data, n, first_chunk, place
+NO_SUM = -1.0
+"""What stands where a device has made no sum: less than any sum of squares, so a maximum merges devices, NaN kept."""
+
+
+class Factor(NamedTuple):
+    """A clip factor on a device: one element of a contiguous array of the compute type."""
+
+    factors: Any
+    place: int
+    made_from: Any
+    """Arrays that its launches read and write: a captured graph goes on using their memory."""
+
+    @property
+    def address(self) -> int:
+        """Where it is."""
+        return int(self.factors.data.ptr) + self.place * int(self.factors.itemsize)
+
+    @property
+    def view(self) -> Any:
+        """The element as an array."""
+        return self.factors[self.place : self.place + 1]
+
+
+class Sums:
+    """Sums of squares on one device: ``array`` has one float64 per gradient of the call, ``NO_SUM`` for others'."""
+
+    def __init__(self, device: int, n: int, start: float) -> None:
+        self.device = device
+        self.array = cupy.full(n, start, np.float64)
+        self.made_from: list[Any] = []
+
+
+def square_sums(grads: Sequence[Any], computes: Sequence[np.dtype[Any]], clipvalue: float | None) -> list[Sums]:
+    """The sum of squares of each gradient, on its device."""
+    by_device: dict[int, list[int]] = {}
+    for place, grad in enumerate(grads):
+        by_device.setdefault(grad.data.device_id, []).append(place)
+    found = []
+    for device, places in by_device.items():
+        with cupy.cuda.Device(device):
+            sums = Sums(device, len(grads), 0.0 if len(by_device) == 1 else NO_SUM)
+            groups: dict[Any, list[int]] = {}
+            for place in places:
+                groups.setdefault((grads[place].dtype, computes[place]), []).append(place)
+            for (dtype, compute), group in groups.items():
+                _add_group(sums, [grads[place] for place in group], group, _Squares(dtype, compute, clipvalue))
+            found.append(sums)
+    return found
+
+
+class _Squares:
+    """The kernels for gradients of one type, of which one launch takes up to ``capacity``."""
+
+    def __init__(self, dtype: np.dtype[Any], compute: np.dtype[Any], clipvalue: float | None) -> None:
+        n_bytes = parameter_bytes(cupy.cuda.runtime.getDevice())
+        self.capacity = (n_bytes - HEADER) // (8 * COLUMNS)
+        self.table = table_type(8 * COLUMNS * self.capacity)
+        on = flags(Flags(clip_value=clipvalue is not None))
+        macros = defines(on, {**types(compute, grad_t=dtype), "CAPACITY": self.capacity})
+        scalars = scalars_type(compute)
+        self.squares = kernel(FILES, "square_sums", macros, (scalars, np.int32, POINTER, POINTER, self.table))
+        self.fold = kernel(FILES, "fold", macros, (POINTER, POINTER, self.table))
+        numbers = np.zeros(len(SCALARS), compute)
+        numbers[SCALARS.index("clipvalue")] = 0.0 if clipvalue is None else clipvalue
+        self.scalars = numbers.view(scalars)
+
+
+def _add_group(sums: Sums, grads: list[Any], places: list[int], kernels: _Squares) -> None:
+    for left in range(0, len(grads), kernels.capacity):
+        some = [cupy.ascontiguousarray(grad) for grad in grads[left : left + kernels.capacity]]
+        words = np.zeros((kernels.capacity, COLUMNS), np.int64)
+        rows = words[: len(some)]
+        rows[:, 0] = [grad.data.ptr for grad in some]
+        rows[:, 1] = [grad.size for grad in some]
+        n_chunks = np.maximum(-(-rows[:, 1] // CHUNK), 1)  # of an empty gradient, too: its sum is 0
+        rows[:, 2] = np.cumsum(n_chunks) - n_chunks
+        rows[:, 3] = places[left : left + kernels.capacity]
+        struct = words.reshape(-1).view(kernels.table)
+        n_blocks = int(n_chunks.sum())
+        chunk_sums = cupy.empty(n_blocks, np.float64)
+        kernels.squares(n_blocks, THREADS, kernels.scalars, len(some), chunk_sums, sums.array, struct)
+        if n_blocks > len(some):
+            kernels.fold(len(some), THREADS, chunk_sums, sums.array, struct)
+        sums.made_from += [*some, chunk_sums]
+
+
+def clip_factors(found: list[Sums], clip: float, over_all: bool) -> dict[int, tuple[Any, Any, Any]]:
+    """By device: ``clip / max(norm, clip)`` for each gradient, in float32 and in float64, and what it is made from.
+
+    ``over_all``: the norm is that of all gradients together.
+    """
+    if over_all and len(found) > 1:
+        found = [_gathered(sums, found) for sums in found]
+    return {sums.device: _factors(sums, clip, over_all) for sums in found}
+
+
+def _factors(sums: Sums, clip: float, over_all: bool) -> tuple[Any, Any, Any]:
+    with cupy.cuda.Device(sums.device):
+        n = sums.array.size
+        macros = defines(flags(Flags()), {**types(FLOAT32, grad_t=FLOAT32), "CAPACITY": 1})
+        run = kernel(FILES, "clip_factors", macros, (POINTER, np.int32, np.float64, np.int32, POINTER, POINTER))
+        factors, double_factors = cupy.empty(n, np.float32), cupy.empty(n, np.float64)
+        run(1, THREADS, sums.array, n, clip, over_all, factors, double_factors)
+        return factors, double_factors, sums
+
+
+def _gathered(own: Sums, found: list[Sums]) -> Sums:
+    """The sums of all devices on one: copies between devices, ordered by events of their current streams."""
+    with cupy.cuda.Device(own.device):
+        merged = Sums(own.device, own.array.size, NO_SUM)
+        stream = cupy.cuda.get_current_stream()
+        for sums in found:
+            copy = cupy.empty(sums.array.size, np.float64)
+            with cupy.cuda.Device(sums.device):
+                theirs = cupy.cuda.get_current_stream()
+                stream.wait_event(theirs.record())
+            copy.data.copy_from_device_async(sums.array.data, sums.array.nbytes)
+            theirs.wait_event(stream.record())  # their memory may be used again after that
+            cupy.maximum(merged.array, copy, out=merged.array)
+            merged.made_from += [copy, sums]
+        return merged
+
+
+def given_factors(devices: set[int], n: int, factor: float) -> dict[int, tuple[Any, Any, Any]]:
+    """The same factor for n gradients, known on the host: of a norm over arrays of several libraries."""
+    found = {}
+    for device in devices:
+        with cupy.cuda.Device(device):
+            found[device] = (cupy.full(n, factor, np.float32), cupy.full(n, factor, np.float64), None)
+    return found

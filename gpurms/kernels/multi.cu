@@ -1,0 +1,97 @@
+// Dense variables: all that share types and rule, in one launch.
+//
+// The table of arrays is a kernel parameter, so a launch needs no copy, no staging memory and no device memory of its
+// own, and a graph can capture it. Blocks take tiles of THREADS * VECTOR elements, tensor after tensor.
+// In front of this text: storage.cuh, rmsprop.cuh, var_t, grad_t, slot_t, THREADS, CAPACITY.
+
+struct Tensor {
+    var_t* var;
+    const grad_t* grad;
+    slot_t* rms;
+#if HAS_MOMENTUM
+    slot_t* mom;
+#endif
+#if CENTERED
+    slot_t* mg;
+#endif
+#if CLIP_NORM
+    const compute_t* factor;
+#endif
+    int64 n;
+    int64 first_tile;
+};
+
+struct Table {
+    Tensor tensors[CAPACITY];
+};
+
+// The last tensor whose first tile is not behind `tile`.
+__device__ __forceinline__ int find(const Table& table, int count, int64 tile)
+{
+    int low = 0, high = count;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (table.tensors[middle].first_tile <= tile)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+// All reads stand before the first write, so that they are in flight together.
+template <bool PACKED> __device__ __forceinline__ void update_tile(const Tensor& t, int64 start, const Scalars& s)
+{
+    int64 n = t.n - start;
+    compute_t var[VECTOR], g[VECTOR], rms[VECTOR], mom[VECTOR], mg[VECTOR], factor = 1;
+    read<PACKED>(t.var + start, n, threadIdx.x, THREADS, var);
+    read<PACKED>(t.grad + start, n, threadIdx.x, THREADS, g);
+    read<PACKED>(t.rms + start, n, threadIdx.x, THREADS, rms);
+#if HAS_MOMENTUM
+    read<PACKED>(t.mom + start, n, threadIdx.x, THREADS, mom);
+#endif
+#if CENTERED
+    read<PACKED>(t.mg + start, n, threadIdx.x, THREADS, mg);
+#endif
+#if CLIP_NORM
+    factor = *t.factor;
+#endif
+
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++)
+        update(load(g[i], factor, s), var[i], rms[i], mom[i], mg[i], s);
+
+    write<PACKED>(t.var + start, n, threadIdx.x, THREADS, var);
+    write<PACKED>(t.rms + start, n, threadIdx.x, THREADS, rms);
+#if HAS_MOMENTUM
+    write<PACKED>(t.mom + start, n, threadIdx.x, THREADS, mom);
+#endif
+#if CENTERED
+    write<PACKED>(t.mg + start, n, threadIdx.x, THREADS, mg);
+#endif
+}
+
+__device__ __forceinline__ bool aligned(const Tensor& t)
+{
+    uint64 bits = (uint64)t.var | (uint64)t.grad | (uint64)t.rms;
+#if HAS_MOMENTUM
+    bits |= (uint64)t.mom;
+#endif
+#if CENTERED
+    bits |= (uint64)t.mg;
+#endif
+    return bits % 16 == 0;
+}
+
+// `live`, if given, holds the scalars on the device, where a replayed graph finds those of its step.
+extern "C" __global__ void __launch_bounds__(THREADS) multi(
+    const Scalars scalars, const Scalars* live, int count, GRID_CONSTANT const Table table)
+{
+    const Tensor& t = table.tensors[find(table, count, blockIdx.x)];
+    const Scalars s = live ? *live : scalars;
+    int64 start = (blockIdx.x - t.first_tile) * (THREADS * VECTOR);
+    if (aligned(t) && t.n - start >= THREADS * VECTOR)
+        update_tile<true>(t, start, s);
+    else
+        update_tile<false>(t, start, s);
+}

@@ -12,7 +12,7 @@ from gpurms.clipping import Clip
 from gpurms.host import converts
 from gpurms.kernels import cuda, cuda_norm, cuda_rows
 from gpurms.kernels.launch import is_capturing
-from gpurms.kernels.rule import FLOAT32
+from gpurms.kernels.rule import FLOAT32, compute_dtype
 from gpurms.place import Place
 
 Array = Any  # cupy.ndarray
@@ -142,7 +142,11 @@ class CuPy:
 
     def add_rows(self, dense: Array, indices: Array, values: Array) -> Array:
         """Repeated rows are summed as in a sparse update."""
-        raise NotImplementedError
+        with cupy.cuda.Device(self.device(dense)):
+            total = cupy.ascontiguousarray(dense).copy()
+            if indices.size and total.size:
+                cuda_rows.add_rows(total, indices, values, compute_dtype(total.dtype))
+            return total
 
     def square_sums(
         self, grads: Sequence[Array], computes: Sequence[np.dtype[Any]], clipvalue: float | None

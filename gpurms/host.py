@@ -132,9 +132,9 @@ class NumPy:
         return found if found.dtype == np.int32 else found.astype(np.int64, copy=False)
 
     def add_rows(self, dense: Array, indices: Array, values: Array) -> Array:
-        """In order of occurrence."""
+        """Repeated rows are summed as in a sparse update."""
         total = np.array(dense)
-        np.add.at(total, indices, values)
+        cpu.add_rows(total, indices, values)
         return total
 
     def increment(self, counter: Array) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from gpurms.kernels import numpy as numpy_engine
 from gpurms.kernels import pool
 from gpurms.kernels.numpy import BLOCK, Array, Workspace
-from gpurms.kernels.rule import FLOAT32, FLOAT64, Flags, Rule, Update, is_bfloat16
+from gpurms.kernels.rule import FLOAT32, FLOAT64, SCALARS, Flags, Rule, Update, compute_dtype, is_bfloat16
 
 SMALL = 1 << 15
 """Variables up to this size stay on the calling thread: their kernel is shorter than a change of threads."""
@@ -319,6 +319,18 @@ def _plan_rows(update: Update) -> Callable[[], None]:
     flags = rule.flags._replace(clip_value=False, clip_norm=False)  # the sums are of clipped values
     dense = chosen.dense(flags, compute, (compute, compute, compute))
     return lambda: pool.run(lambda span: _update_rows(dense, update, rows[span], sums[span]), ranges)
+
+
+def add_rows(var: Array, indices: Array, values: Array) -> None:
+    """Sums of values onto the rows of an array, with the sums of a sparse update."""
+    if indices.size == 0 or var.size == 0:
+        return
+    compute = compute_dtype(var.dtype)
+    order, rows, starts = numpy_engine.sort_rows(indices, Workspace())
+    sums = np.empty((rows.size, var.size // var.shape[0]), compute)
+    add = numpy_engine.row_sums(Rule(Flags(), np.zeros(len(SCALARS), compute)), values.dtype)
+    add(values.reshape(order.size, -1), order, starts, compute.type(1), sums)
+    var[rows] = var[rows].astype(compute) + sums.reshape(rows.shape + var.shape[1:])
 
 
 def _row_ranges(starts: Array, row_size: int) -> list[slice]:

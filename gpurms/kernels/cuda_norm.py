@@ -142,7 +142,9 @@ def _gathered(own: Sums, found: list[Sums]) -> Sums:
                 theirs = cupy.cuda.get_current_stream()
                 stream.wait_event(theirs.record())
             copy.data.copy_from_device_async(sums.array.data, sums.array.nbytes)
-            theirs.wait_event(stream.record())  # their memory may be used again after that
+            copied = stream.record()
+            with cupy.cuda.Device(sums.device):  # the null stream is that of the current device
+                theirs.wait_event(copied)  # their memory may be used again after that
             cupy.maximum(merged.array, copy, out=merged.array)
             merged.made_from += [copy, sums]
         return merged

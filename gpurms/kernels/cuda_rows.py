@@ -20,7 +20,7 @@ from gpurms.kernels.launch import (
     table_type,
     types,
 )
-from gpurms.kernels.rule import FLOAT32, Rule, Update
+from gpurms.kernels.rule import FLOAT32, SCALARS, Flags, Rule, Update
 
 THREADS = 256
 ITEMS = 16
@@ -134,7 +134,7 @@ class Tables:
         arrays = [var, *slots]
         row_shape = var.shape[1:]
         self.row_size = int(np.prod(row_shape, dtype=np.int64))
-        self.types = (var.dtype, update.rms.dtype)
+        self.types = (var.dtype, arrays[-1].dtype)
         plain = all(_has_plain_rows(array) for array in arrays)
         self.dims = 0 if plain else len(row_shape)
         words: list[int] = []
@@ -175,9 +175,17 @@ def plan(update: Update, tables: Tables, live: Any, workspace: Workspace) -> Pla
     packed = tables.aligned([int(values.data.ptr)], vector)
     group = _group(row_size, vector)
     sizes_of: dict[str, Any] = {"PACKED": int(packed), "DIMS": tables.dims, "WARPS": WARPS}
+    sizes_of["ADD_ROWS"] = int(update.rms is None)
     sizes_of["key_t"] = "unsigned int" if key == np.uint32 else "unsigned long long"
     n_units = -(-n // 32) * -(-row_size // (group * vector))
     return _Rows(rule, tables, sort, (values, update.factor, memory), live, elements | sizes_of, group, n_units, sums)
+
+
+def add_rows(var: Any, indices: Any, values: Any, compute: np.dtype[Any]) -> None:
+    """Sums of values onto the rows of an array, with the sums of a sparse update."""
+    rule = Rule(Flags(), np.zeros(len(SCALARS), compute))
+    update = Update(var, None, None, None, rule, values, indices)
+    plan(update, Tables(update), None, Workspace())()
 
 
 def _group(row_size: int, vector: int) -> int:

@@ -19,7 +19,7 @@ from gpurms.kernels.rule import SCALARS, Flags
 
 OPTIONS = ("--fmad=false",)
 """No contraction: a fused multiply-add rounds once where the CPU rounds twice."""
-TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
+TYPES = {"float16": "float16_t", "bfloat16": "bfloat16_t", "float32": "float", "float64": "double"}
 """Element types by the names of their dtypes."""
 
 Defines = tuple[tuple[str, str], ...]

@@ -6,7 +6,9 @@
 // time, launch after launch, until one is left. Nobody has to know how many rows or runs there are: each warp takes 32
 // sorted places, times a slab of columns where rows are long, and finds the runs that begin there.
 //
-// In front of this text: storage.cuh, rmsprop.cuh, var_t, grad_t, slot_t, key_t, PACKED, DIMS, WARPS.
+// With ADD_ROWS the sums are added to the rows instead: a gradient of which a part is sparse.
+//
+// In front of this text: storage.cuh, rmsprop.cuh, var_t, grad_t, slot_t, key_t, PACKED, DIMS, WARPS, ADD_ROWS.
 
 constexpr uint32 ALL_LANES = 0xffffffff;
 constexpr int FAN_IN = 32;
@@ -20,7 +22,9 @@ template <typename T> struct Rows {
 
 struct Table {
     Rows<var_t> var;
+#if !ADD_ROWS
     Rows<slot_t> rms;
+#endif
 #if HAS_MOMENTUM
     Rows<slot_t> mom;
 #endif
@@ -178,7 +182,9 @@ __device__ __forceinline__ void take_run(
     compute_t g[VECTOR], var[VECTOR], rms[VECTOR], mom[VECTOR], mg[VECTOR];
     if (run.whole) {
         read_row(table.var, table, row, left, thread, n_threads, var);
+#if !ADD_ROWS
         read_row(table.rms, table, row, left, thread, n_threads, rms);
+#endif
 #if HAS_MOMENTUM
         read_row(table.mom, table, row, left, thread, n_threads, mom);
 #endif
@@ -194,9 +200,14 @@ __device__ __forceinline__ void take_run(
     }
 #pragma unroll
     for (int i = 0; i < VECTOR; i++)
-        update(g[i], var[i], rms[i], mom[i], mg[i], s);
+        if (ADD_ROWS)
+            var[i] = var[i] + g[i];
+        else
+            update(g[i], var[i], rms[i], mom[i], mg[i], s);
     write_row(table.var, table, row, left, thread, n_threads, var);
+#if !ADD_ROWS
     write_row(table.rms, table, row, left, thread, n_threads, rms);
+#endif
 #if HAS_MOMENTUM
     write_row(table.mom, table, row, left, thread, n_threads, mom);
 #endif

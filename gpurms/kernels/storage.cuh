@@ -13,20 +13,20 @@ typedef long long int64;
 #define GRID_CONSTANT
 #endif
 
-struct float16 { unsigned short bits; };
-struct bfloat16 { unsigned short bits; };
+struct float16_t { unsigned short bits; };
+struct bfloat16_t { unsigned short bits; };
 
 __device__ __forceinline__ compute_t widen(float x) { return (compute_t)x; }
 __device__ __forceinline__ compute_t widen(double x) { return (compute_t)x; }
 
-__device__ __forceinline__ compute_t widen(float16 x)
+__device__ __forceinline__ compute_t widen(float16_t x)
 {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
     return (compute_t)y;
 }
 
-__device__ __forceinline__ compute_t widen(bfloat16 x) { return (compute_t)__uint_as_float((uint32)x.bits << 16); }
+__device__ __forceinline__ compute_t widen(bfloat16_t x) { return (compute_t)__uint_as_float((uint32)x.bits << 16); }
 
 __device__ __forceinline__ unsigned short float16_bits(float x)
 {
@@ -61,8 +61,8 @@ __device__ __forceinline__ unsigned short bfloat16_bits(double x)
 
 __device__ __forceinline__ void narrow(compute_t x, float& y) { y = (float)x; }
 __device__ __forceinline__ void narrow(compute_t x, double& y) { y = (double)x; }
-__device__ __forceinline__ void narrow(compute_t x, float16& y) { y.bits = float16_bits(x); }
-__device__ __forceinline__ void narrow(compute_t x, bfloat16& y) { y.bits = bfloat16_bits(x); }
+__device__ __forceinline__ void narrow(compute_t x, float16_t& y) { y.bits = float16_bits(x); }
+__device__ __forceinline__ void narrow(compute_t x, bfloat16_t& y) { y.bits = bfloat16_bits(x); }
 
 // The VECTOR elements of a line that belong to one of n_threads threads. packed: neighbours, moved 16 bytes at a time;
 // the line must be aligned to 16 bytes, and all of them exist. Else every n_threads-th, one at a time, those below n.

@@ -36,7 +36,7 @@ def detach(pairs: list[Pair], owners: set[int]) -> list[Pair]:
         span = entry.backend.bounds(grad)
         before = bisect_left(starts, span[1])
         if before and ends[before - 1] > span[0] and not _reads_itself(entry, grad, indices, entries):
-            grad = grad.copy()
+            grad = entry.backend.copy(grad)
         detached.append((entry, grad, indices))
     return detached
 

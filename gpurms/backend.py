@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, Protocol
@@ -69,6 +69,10 @@ class Backend(Protocol):
         """A new array beside ``like``, of its shape, contiguous, filled."""
         ...
 
+    def copy(self, array: Array) -> Array:
+        """A copy beside the array."""
+        ...
+
     def host(self, array: Array) -> np.ndarray[Any, Any]:
         """A copy in host memory."""
         ...
@@ -81,8 +85,16 @@ class Backend(Protocol):
         """``value`` as an array that can be written into ``like``; errors name ``where``."""
         ...
 
-    def write(self, array: Array, value: Any, where: str) -> None:
-        """Convert and copy ``value`` into the array."""
+    def write(self, array: Array, values: Array) -> None:
+        """Copy what ``convert`` returned into the array."""
+        ...
+
+    def is_capturing(self, device: int | None) -> bool:
+        """Whether work for the device is being recorded in a graph instead of running."""
+        ...
+
+    def send_scalars(self, live: Mapping[Any, Array], scalars_of: Callable[[np.dtype[Any]], Any]) -> None:
+        """Write the scalars of each compute type to where captured steps read them."""
         ...
 
     def increment(self, counter: Array) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cupy
@@ -75,6 +75,11 @@ class CuPy:
                 return cupy.zeros(like.shape, dtype, order)
             return cupy.full(like.shape, value, dtype, order)
 
+    def copy(self, array: Array) -> Array:
+        """A copy beside the array."""
+        with cupy.cuda.Device(self.device(array)):
+            return array.copy()
+
     def host(self, array: Array) -> np.ndarray[Any, Any]:
         """A copy, which waits for the current stream of the array's device."""
         with cupy.cuda.Device(self.device(array)):
@@ -99,11 +104,10 @@ class CuPy:
         with cupy.cuda.Device(self.device(like)):
             return cupy.array(converted.astype(like.dtype))
 
-    def write(self, array: Array, value: Any, where: str) -> None:
-        """In place."""
-        converted = self.convert(array, value, where)
+    def write(self, array: Array, values: Array) -> None:
+        """In place, on the array's device."""
         with cupy.cuda.Device(self.device(array)):
-            array[...] = converted
+            array[...] = values
 
     def increment(self, counter: Array) -> None:
         """One kernel on the counter's device."""
@@ -127,6 +131,15 @@ class CuPy:
                 found = cuda_rows.find_outside([requests[i] for i in places])
                 outside += [(i, offset) for i, offset in zip(places, found) if offset is not None]
         return min(outside, default=None)
+
+    def is_capturing(self, device: int | None) -> bool:
+        """As the device's current stream says."""
+        with cupy.cuda.Device(device):
+            return is_capturing()
+
+    def send_scalars(self, live: Mapping[Any, Array], scalars_of: Callable[[np.dtype[Any]], Any]) -> None:
+        """One small launch per device and type."""
+        cuda.send_scalars(live, scalars_of)
 
     def indices(self, array: Array, indices: Any) -> Array:
         """On the device of ``array``; integers of any type; an empty list has none."""

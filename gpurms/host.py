@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,10 @@ class NumPy:
             return np.zeros(like.shape, dtype, order)
         return np.full(like.shape, value, dtype, order)
 
+    def copy(self, array: Array) -> Array:
+        """A copy beside the array."""
+        return np.array(array)
+
     def host(self, array: Array) -> np.ndarray[Any, Any]:
         """A copy."""
         return np.array(array)
@@ -114,11 +118,16 @@ class NumPy:
             raise TypeError(f"{where}: cannot convert {converted.dtype} to {like.dtype}")
         return converted.astype(like.dtype)
 
-    def write(self, array: Array, value: Any, where: str) -> None:
+    def write(self, array: Array, values: Array) -> None:
         """In place."""
-        if not self.writeable([array]):
-            raise TypeError(f"{where}: expected a writeable array; got a read-only one")
-        array[...] = self.convert(array, value, where)
+        array[...] = values
+
+    def is_capturing(self, device: int | None) -> bool:
+        """The host runs what it is given."""
+        return False
+
+    def send_scalars(self, live: Mapping[Any, Array], scalars_of: Callable[[np.dtype[Any]], Any]) -> None:
+        """Kernels on the host are handed their scalars."""
 
     def indices(self, array: Array, indices: Any) -> Array:
         """Integers of any type; an empty list has none."""

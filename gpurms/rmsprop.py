@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpurms import gradients, hyper, settings, step, tape
+from gpurms import capture, gradients, hyper, settings, step, tape
 from gpurms.arguments import flag
 from gpurms.hyper import Hyperparameter, Setting
 from gpurms.slots import array_of, label
@@ -107,6 +107,7 @@ class RMSprop(State):
     initial_accumulator_value = Setting(hyper.non_negative, "Start of rms, for slots made from now on.")
     slot_dtype = Setting(hyper.slot_type, "Type of slots made from now on, or None.")
     check_indices = Setting(flag, "Whether sparse indices are checked on a GPU.")
+    capturable = Setting(flag, "Whether a CUDA graph can capture a step.")
 
     def __init__(
         self,
@@ -179,21 +180,49 @@ class RMSprop(State):
         items = gradients.read_pairs(grads_and_vars)
         if not items:
             return self._count()
-        counter = self._writeable_counter()
+        if self._counter is not None:
+            self._counter.require_writeable()
         pairs = gradients.check_pairs(self._slots, items, self.check_indices)
         now = step.read(self, int(self._count()))
         new_slots = step.missing_slots(self, pairs, now.flags)
+        captured = self.capturable and capture.is_capturing(pairs)
+        if captured:
+            capture.check(self._counter, pairs, bool(new_slots))
+        counter = self._counter or self._new_counter()
         apply = step.plan(self, pairs, now, new_slots)
 
         apply()
         for entry, slot_name, slot in new_slots:
             self._slots.adopt(entry)
             self._slots.add(entry, slot_name, slot)
-        if counter is None:
-            counter = self.iterations
-        counter._array[...] += 1
+        if self._counter is None:
+            self._set_counter(counter)
+        counter.increment(captured)
+        if captured:
+            self._capture.record(pairs, apply, now, step.clip(self))
         for variable in {id(variable): variable for grad, variable in items if grad is not None}.values():
             _constrain(variable)
+        return self._count()
+
+    def prepare_replay(self) -> np.int64:
+        """Evaluate the hyperparameters for the next replay of a captured step, and send them to the GPU.
+
+        Call it before each launch of the graph, with the stream current on which the graph will run, whenever
+        something changes from step to step: a schedule, a callable, decay, or an attribute set. It waits for nothing.
+        Each call stands for one replay. Replays without it count on, too, but keep the numbers of the call before, and
+        a schedule does not know of them until ``iterations`` is assigned to.
+
+        Returns:
+            The number of steps taken when that replay is done.
+
+        Raises:
+            RuntimeError: no step has been captured, or something has changed that a graph has fixed: which terms the
+                update has, or the limit of a norm.
+        """
+        now = step.read(self, int(self._count()))
+        self._capture.prepare(now, step.clip(self))
+        assert self._counter is not None
+        self._counter.expect()
         return self._count()
 
     def minimize(

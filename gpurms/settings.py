@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "initial_accumulator_value": 0.0,
     "slot_dtype": None,
     "check_indices": True,
+    "capturable": False,
 }
 """Keyword arguments of ``RMSprop`` beyond those of its signature."""
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from gpurms import backend, hyper
 from gpurms.backend import Backend
+from gpurms.capture import Capture
+from gpurms.counter import Counter
 from gpurms.slots import Entry, Slots, array_of, label
 from gpurms.variable import Variable
 
@@ -16,16 +18,18 @@ from gpurms.variable import Variable
 class State:
     """The members of ``RMSprop`` that read and write its state; copies and pickles take it along."""
 
-    __slots__ = ("__weakref__", "_batches", "_iterations", "_settings", "_slots")
+    __slots__ = ("__weakref__", "_batches", "_capture", "_counter", "_settings", "_slots")
 
     name: Any
     slot_dtype: Any
+    capturable: Any
 
     def __init__(self) -> None:
         self._settings: dict[str, Any] = {}
         self._slots = Slots()
-        self._iterations: Variable | None = None
+        self._counter: Counter | None = None
         self._batches: tuple[list[Entry], list[tuple[Backend, list[int]]]] = ([], [])
+        self._capture = Capture()
 
     @property
     def iterations(self) -> Variable:
@@ -38,21 +42,21 @@ class State:
         >>> opt.iterations.assign(100).numpy()
         array(100)
         """
-        if self._iterations is None:
-            self._set_counter(Variable(np.zeros((), np.int64), name="iterations", trainable=False))
-        assert self._iterations is not None
-        return self._iterations
+        if self._counter is None:
+            self._set_counter(self._new_counter())
+        assert self._counter is not None
+        return self._counter.variable
 
     @iterations.setter
     def iterations(self, variable: Variable) -> None:
-        if self._iterations is not None:
+        if self._counter is not None:
             raise RuntimeError(
                 "Cannot set `iterations` to a new Variable after the Optimizer weights have been created; "
                 "use `iterations.assign`"
             )
         if not isinstance(variable, Variable) or variable.shape != () or variable.dtype != np.int64:
             raise TypeError(f"iterations must be a 0-d int64 Variable; got {variable!r}")
-        self._set_counter(variable)
+        self._set_counter(Counter(variable))
 
     @property
     def weights(self) -> list[Variable]:
@@ -123,7 +127,7 @@ class State:
                 )
             converted.append(home.convert(weight._array, value, weight.name))
         for weight, new in zip(own, converted):
-            weight._array[...] = new
+            weight._overwrite(new)
 
     def get_slot_names(self) -> list[str]:
         """Names of the slots in use, in order of first use: of ``rms``, ``momentum``, ``mg`` and the caller's own.
@@ -219,26 +223,26 @@ class State:
 
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         attributes, slots = cast("tuple[dict[str, Any] | None, dict[str, Any]]", object.__getstate__(self))
-        return attributes, {key: value for key, value in slots.items() if key != "_batches"}
+        return attributes, {key: value for key, value in slots.items() if key not in ("_batches", "_capture")}
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         attributes, slots = state
         for key, value in {**(attributes or {}), **slots}.items():
             object.__setattr__(self, key, value)
         self._batches = ([], [])
+        self._capture = Capture()
 
-    def _set_counter(self, variable: Variable) -> None:
-        self._iterations = variable
-        self._slots.set_counter(variable)
+    def _set_counter(self, counter: Counter) -> None:
+        self._counter = counter
+        self._slots.set_counter(counter.variable)
 
-    def _writeable_counter(self) -> Variable | None:
-        counter = self._iterations
-        if counter is not None and not backend.require(counter._array).writeable([counter._array]):
-            raise TypeError("iterations has been made read-only")
-        return counter
+    def _new_counter(self) -> Counter:
+        """On the host, where it costs nothing to read; a capturable one where graphs can count it up."""
+        library = backend.array_module() if self.capturable else np
+        return Counter(Variable(library.zeros((), np.int64), name="iterations", trainable=False))
 
     def _count(self) -> np.int64:
-        return np.int64(0) if self._iterations is None else np.int64(self._iterations.numpy())
+        return np.int64(0) if self._counter is None else self._counter.read()
 
     def _new_slot(self, entry: Entry, name: str, value: float = 0.0) -> Variable:
         natural = entry.compute if entry.dtype.itemsize == 2 else entry.dtype

@@ -49,7 +49,8 @@ def read(optimizer: RMSprop, iterations: int) -> Step:
         eps_in_sqrt=optimizer.eps_in_sqrt,
         lr_in_momentum=optimizer.lr_in_momentum,
     )
-    return Step(lr, rho, momentum, epsilon, weight_decay, optimizer.clipvalue, flags)
+    live = optimizer._capture.live if optimizer.capturable else None
+    return Step(lr, rho, momentum, epsilon, weight_decay, optimizer.clipvalue, flags, live)
 
 
 def missing_slots(optimizer: RMSprop, pairs: Sequence[Pair], flags: Flags) -> list[NewSlot]:
@@ -74,7 +75,7 @@ def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequen
     updates = []
     fresh: dict[Entry, Update] = {}
     filled: set[Entry] = set()
-    for (entry, grad, indices), factor in zip(pairs, clipping.factors(pairs, _clip(optimizer))):
+    for (entry, grad, indices), factor in zip(pairs, clipping.factors(pairs, clip(optimizer))):
         update = entry.update
         if update is None or pending or entry in filled or (update.mg is not None) != now.flags.centered:
             update = fresh[entry] = _new_update(entry, pending, now)
@@ -115,7 +116,8 @@ def _new_update(entry: Entry, pending: Mapping[tuple[Entry, str], Variable], now
     return Update(entry.view, rms, mom, mg if now.flags.centered else None, rule, grad=None)
 
 
-def _clip(optimizer: RMSprop) -> Clip | None:
+def clip(optimizer: RMSprop) -> Clip | None:
+    """The limit of norms, if there is one."""
     over_all = optimizer.global_clipnorm is not None
     limit = optimizer.global_clipnorm if over_all else optimizer.clipnorm
     return None if limit is None else Clip(limit, over_all, optimizer.clipvalue)

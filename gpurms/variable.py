@@ -49,7 +49,7 @@ class Variable:
     array([3., 4.], dtype=float32)
     """
 
-    __slots__ = ("__weakref__", "_array", "constraint", "name", "trainable")
+    __slots__ = ("__weakref__", "_array", "_version", "constraint", "name", "trainable")
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class Variable:
             raise TypeError(f"name must be a string; got {name!r}")
         self.name = "Variable" if name is None else name
         self._array = _as_array(initial_value, dtype, f"variable {self.name!r}")
+        self._version = 0  # of assigned values, for those who keep a copy
         self.trainable = trainable
         self.constraint = constraint
 
@@ -90,8 +91,16 @@ class Variable:
         if isinstance(value, Variable):
             value = value._array
         where = f"variable {self.name!r}"
-        backend.require(self._array).write(self._array, value, where)
+        home = backend.require(self._array)
+        if not home.writeable([self._array]):
+            raise TypeError(f"{where}: expected a writeable array; got a read-only one")
+        self._overwrite(home.convert(self._array, value, where))
         return self
+
+    def _overwrite(self, values: Array) -> None:
+        """Copy converted values into the array."""
+        backend.require(self._array).write(self._array, values)
+        self._version += 1
 
     @property
     def shape(self) -> tuple[int, ...]:

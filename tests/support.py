@@ -23,6 +23,7 @@ OPTIONS: dict[str, Any] = {  # option beyond those of the page -> a value that i
     "initial_accumulator_value": 1.0,
     "slot_dtype": "float64",
     "check_indices": False,
+    "capturable": True,
 }
 
 

@@ -27,6 +27,7 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "initial_accumulator_value": 0.0,
     "slot_dtype": None,
     "check_indices": True,
+    "capturable": False,
 }
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 NOT_NEGATIVE = ("learning_rate", "lr", "epsilon", "decay", "weight_decay", *CLIPS)

@@ -25,7 +25,7 @@ class Broken(Exception):
 # --- failures ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["plan", "square_sum", "full"])
+@pytest.mark.parametrize("stage", ["plan", "square_sums", "full"])
 def test_a_failure_before_the_update_changes_nothing(stage, monkeypatch, numpy_engine):
     opt, seen, new = RMSprop(clipnorm=1.0), Variable(np.ones(3, F32)), Variable(np.ones(2, F32))
     opt.apply_gradients([(np.ones(3, F32), seen)])

@@ -7,7 +7,7 @@ so that what can fail fails before anything changes; the function it returns onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from gpurms.kernels import cuda_rows
 from gpurms.kernels.launch import (
     POINTER,
     TYPES,
-    Kernel,
     Planned,
     defines,
     elementwise,
@@ -110,61 +109,44 @@ def _plan_on_device(device: int, updates: Sequence[Update]) -> list[Planned]:
 def _send_scalars(device: int, updates: Sequence[Update]) -> Iterator[Planned]:
     """Launches that bring the scalars of a capturable step to the device; none while a graph is captured."""
     capturing = is_capturing()
-    for rule in {id(update.rule): update.rule for update in updates}.values():
-        if rule.live is not None:
-            sending = rule.live.sending(device, rule.scalars, capturing)
-            if sending is not None:
-                yield sending
-        elif capturing:
-            raise RuntimeError("a step can be captured in a graph only if the optimizer has capturable=True")
+    for rule in {update.rule.compute: update.rule for update in updates}.values():
+        if rule.live is None:
+            if capturing:
+                raise RuntimeError("a step can be captured in a graph only if the optimizer has capturable=True")
+        elif not capturing:
+            place = (device, rule.compute)
+            if place not in rule.live:
+                rule.live[place] = cupy.empty(len(SCALARS), rule.compute)
+            yield _sending(rule.scalars, rule.live[place])
+        elif (device, rule.compute) not in rule.live:
+            raise RuntimeError("take one step with these variables before capturing one")
 
 
-class LiveScalars:
-    """The scalars of a capturable optimizer's steps in device memory, where a replayed graph finds them."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[tuple[int, np.dtype[Any]], Any] = {}
-
-    def sending(self, device: int, scalars: np.ndarray[Any, Any], capturing: bool) -> Planned | None:
-        """The launch that writes ``scalars``; None while capturing, where it would be replayed with old numbers."""
-        key = (device, scalars.dtype)
-        if capturing:
-            if key not in self._arrays:
-                raise RuntimeError(TAKE_A_STEP)
-            return None
-        if key not in self._arrays:
-            self._arrays[key] = cupy.empty(len(SCALARS), scalars.dtype)
-        array = self._arrays[key]
-        write = set_scalars(scalars.dtype)
-        write.compile()
-        return lambda: write(1, 1, scalars.view(scalars_type(scalars.dtype)), array)
-
-    def array(self, device: int, compute: np.dtype[Any]) -> Any:
-        """Where the scalars of one type are on a device."""
-        return self._arrays[device, compute]
-
-    def send(self, scalars_of: Any) -> None:
-        """Write ``scalars_of(compute)`` to every place that a step has read scalars from."""
-        for device, compute in self._arrays:
-            with cupy.cuda.Device(device):
-                sending = self.sending(device, scalars_of(compute), is_capturing())
-                if sending is None:
-                    raise RuntimeError("a replay cannot be prepared while a graph is captured")
-                sending()
+def _sending(scalars: np.ndarray[Any, Any], live: Any) -> Planned:
+    """The launch that writes ``scalars`` to ``live``, through its parameters: no copy, nothing to wait for."""
+    scalars_struct = scalars_type(scalars.dtype)
+    macros = defines(types(scalars.dtype), flags(Flags()))
+    write = kernel((*RULE, "scalars.cu"), "set_scalars", macros, (scalars_struct, POINTER))
+    write.compile()
+    return lambda: write(1, 1, scalars.view(scalars_struct), live)
 
 
-TAKE_A_STEP = "take one step with these variables before capturing one in a graph: it makes slots and scalars"
+def send_scalars(live: Mapping[Any, Any], scalars_of: Callable[[np.dtype[Any]], np.ndarray[Any, Any]]) -> None:
+    """Write the scalars of each compute type to every place where steps read them.
 
-
-def set_scalars(compute: np.dtype[Any]) -> Kernel:
-    """``set_scalars`` of scalars.cu."""
-    macros = defines(types(compute), flags(Flags()))
-    return kernel((*RULE, "scalars.cu"), "set_scalars", macros, (scalars_type(compute), POINTER))
+    Raises:
+        RuntimeError: a graph is being captured, which would write the same numbers at every replay.
+    """
+    for (device, compute), array in live.items():
+        with cupy.cuda.Device(device):
+            if is_capturing():
+                raise RuntimeError("a replay cannot be prepared while a graph is captured")
+            _sending(scalars_of(compute), array)()
 
 
 def live_scalars(rule: Rule, device: int) -> Any:
     """Where kernels find the rule's scalars on the device, or None: among their parameters."""
-    return None if rule.live is None else rule.live.array(device, rule.compute)
+    return None if rule.live is None else rule.live[device, rule.compute]
 
 
 # -------------------------------------------------------------------------------------------------- dense, contiguous

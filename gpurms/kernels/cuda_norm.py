@@ -128,7 +128,7 @@ def _factors(sums: Sums, clip: float, over_all: bool) -> tuple[Any, Any, Any]:
         run = kernel(FILES, "clip_factors", macros, (POINTER, np.int32, np.float64, np.int32, POINTER, POINTER))
         factors, double_factors = cupy.empty(n, np.float32), cupy.empty(n, np.float64)
         run(1, THREADS, sums.array, n, clip, over_all, factors, double_factors)
-        return factors, double_factors, sums
+        return factors, double_factors, (sums, factors, double_factors)
 
 
 def _gathered(own: Sums, found: list[Sums]) -> Sums:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ import numpy as np
 from gpurms.clipping import Clip
 from gpurms.host import NumPy
 from gpurms.kernels import cpu
-from gpurms.kernels.rule import Update
+from gpurms.kernels.rule import Step, Update
 from gpurms.place import Place
 
 Array = Any
@@ -35,6 +36,10 @@ class Backend(Protocol):
 
     def device(self, array: Array) -> int | None:
         """The device that holds the array; None for the host."""
+        ...
+
+    def near(self, array: Array) -> AbstractContextManager[Any]:
+        """Within this context, new arrays are made and work is done where the array is."""
         ...
 
     def owner(self, array: Array) -> int:
@@ -63,6 +68,10 @@ class Backend(Protocol):
 
     def place(self, view: Array) -> Place | None:
         """Where in its owner a view lies, or None for an array that is no view."""
+        ...
+
+    def find(self, place: Place) -> Array | None:
+        """The view at a place, or None if the owner has been copied into another layout."""
         ...
 
     def full(self, like: Array, value: float, dtype: np.dtype[Any]) -> Array:
@@ -129,6 +138,13 @@ class Backend(Protocol):
         """Prepare updates of distinct variables; the function returned applies them."""
         ...
 
+    def repeat(self, plan: Any) -> Callable[[Sequence[Array], Step], None] | None:
+        """A function that applies other gradients, of the same types and layouts, to the variables of a plan.
+
+        It checks nothing but that no graph is captured. None if the library or this plan has no such short cut.
+        """
+        ...
+
 
 _backends: dict[type, Backend | None] = {np.ndarray: NumPy()}
 
@@ -142,7 +158,7 @@ def of(array: object) -> Backend | None:
         found = None
         if issubclass(kind, np.ndarray) and not issubclass(kind, np.ma.MaskedArray):
             found = _backends[np.ndarray]
-        elif "cupy" in sys.modules and issubclass(kind, sys.modules["cupy"].ndarray):
+        elif (cupy := sys.modules.get("cupy")) is not None and issubclass(kind, cupy.ndarray):
             found = _cupy_backend()
         _backends[kind] = found
         return found

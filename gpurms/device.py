@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import cupy
@@ -22,7 +23,8 @@ class CuPy:
     """CuPy arrays, updated by the kernels of ``kernels/cuda.py`` on CuPy's current stream of their device."""
 
     name = "CuPy"
-    plan = staticmethod(cuda.plan)
+    plan = staticmethod(cuda.Plan)
+    repeat = staticmethod(cuda.repeat)
 
     def __init__(self) -> None:
         if not cupy.cuda.is_available():
@@ -35,6 +37,11 @@ class CuPy:
     def device(self, array: Array) -> int | None:
         """Its number."""
         return int(array.data.device_id)
+
+    def near(self, array: Array) -> AbstractContextManager[Any]:
+        """Makes the array's device the current one."""
+        device: AbstractContextManager[Any] = cupy.cuda.Device(self.device(array))
+        return device
 
     def owner(self, array: Array) -> int:
         """The allocation; none for memory that CuPy did not allocate."""
@@ -64,8 +71,18 @@ class CuPy:
         return start + sum(min(r, 0) for r in reach), start + sum(max(r, 0) for r in reach) + array.itemsize
 
     def place(self, view: Array) -> Place | None:
-        """None: CuPy copies views like other arrays, without what they are views of."""
-        return None
+        """By CuPy's ``base``, which is the array that a view was first taken of."""
+        owner = view.base
+        if owner is None or view.size == 0 or not (owner.flags.c_contiguous or owner.flags.f_contiguous):
+            return None
+        return Place(owner, owner.strides, view.data.ptr - owner.data.ptr, view.shape, view.strides, view.dtype)
+
+    def find(self, place: Place) -> Array | None:
+        """Through the owner's memory; CuPy copies arrays in Fortran's order into C's."""
+        if place.owner.strides != place.owner_strides:
+            return None
+        with self.near(place.owner):
+            return cupy.ndarray(place.shape, place.dtype, place.owner.data + place.offset, place.strides)
 
     def full(self, like: Array, value: float, dtype: np.dtype[Any]) -> Array:
         """On the device of ``like``, in its order."""

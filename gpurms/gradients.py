@@ -16,20 +16,23 @@ from gpurms.variable import Array, IndexedSlices, Variable
 INDEX_TYPES = (np.dtype(np.int32), np.dtype(np.int64))
 
 
-def read_pairs(grads_and_vars: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """The (gradient, variable) pairs of any iterable, consumed once."""
+def read_items(grads_and_vars: Iterable[Any]) -> list[Any]:
+    """The elements of any iterable, consumed once."""
     try:
-        items = list(grads_and_vars)
+        return list(grads_and_vars)
     except TypeError as error:
         if hasattr(grads_and_vars, "__iter__"):
             raise
         raise TypeError(
             f"grads_and_vars must be an iterable of (gradient, variable) pairs; got {grads_and_vars!r}"
         ) from error
+
+
+def check_items(items: list[Any]) -> None:
+    """TypeError unless all are (gradient, variable) pairs."""
     for position, item in enumerate(items):
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise TypeError(f"grads_and_vars[{position}] must be a (gradient, variable) pair; got {item!r:.200}")
-    return items
 
 
 def check_pairs(slots: Slots, items: list[tuple[Any, Any]], check_indices: bool) -> list[Pair]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ class NumPy:
 
     name = "NumPy"
     plan = staticmethod(cpu.plan)
+
+    def repeat(self, plan: Callable[[], None]) -> None:
+        """None: each step cuts its gradients into blocks anew."""
 
     def square_sums(
         self, grads: Sequence[Array], computes: Sequence[np.dtype[Any]], clipvalue: float | None
@@ -45,6 +49,10 @@ class NumPy:
     def device(self, array: Array) -> int | None:
         """The host."""
         return None
+
+    def near(self, array: Array) -> AbstractContextManager[Any]:
+        """The host is everywhere the same."""
+        return nullcontext()
 
     def owner(self, array: Array) -> int:
         """The array at the end of the chain of bases; none if another object is."""
@@ -86,6 +94,13 @@ class NumPy:
             return None
         offset = view.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
         return Place(owner, owner.strides, offset, view.shape, view.strides, view.dtype)
+
+    def find(self, place: Place) -> Array | None:
+        """Through the owner's bytes."""
+        if place.owner.strides != place.owner_strides:
+            return None
+        flat = place.owner.reshape(-1, order="A").view(np.uint8)
+        return np.ndarray(place.shape, place.dtype, flat, place.offset, place.strides)
 
     def full(self, like: Array, value: float, dtype: np.dtype[Any]) -> Array:
         """Zeros come from calloc: a table's slots occupy memory only where rows have been touched."""

@@ -11,6 +11,8 @@ import numpy as np
 from gpurms import capture, gradients, hyper, settings, step, tape
 from gpurms.arguments import flag
 from gpurms.hyper import Hyperparameter, Setting
+from gpurms.kernels.rule import Step
+from gpurms.repeat import Repeat
 from gpurms.slots import array_of, label
 from gpurms.state import State
 from gpurms.variable import Variable
@@ -177,13 +179,19 @@ class RMSprop(State):
 
     def _apply(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None) -> np.int64:
         _check_name(name)
-        items = gradients.read_pairs(grads_and_vars)
+        items = gradients.read_items(grads_and_vars)
         if not items:
             return self._count()
         if self._counter is not None:
             self._counter.require_writeable()
+        now = None
+        if self._repeat is not None and self._repeat[0].fits(self, items):
+            now = step.read(self, int(self._count()))
+            if now.flags == self._repeat[0].flags:
+                return self._again(items, now)
+        gradients.check_items(items)
         pairs = gradients.check_pairs(self._slots, items, self.check_indices)
-        now = step.read(self, int(self._count()))
+        now = now or step.read(self, int(self._count()))
         new_slots = step.missing_slots(self, pairs, now.flags)
         captured = self.capturable and capture.is_capturing(pairs)
         if captured:
@@ -202,7 +210,16 @@ class RMSprop(State):
             self._capture.record(pairs, apply, now, step.clip(self))
         for variable in {id(variable): variable for grad, variable in items if grad is not None}.values():
             _constrain(variable)
+        self._repeat = Repeat.of(self, items, pairs, now, apply)
         return self._count()
+
+    def _again(self, items: list[tuple[Any, Any]], now: Step) -> np.int64:
+        """A step like the one before, but for gradients and numbers."""
+        assert self._repeat is not None
+        assert self._counter is not None
+        self._repeat[1]([grad for grad, _ in items], now)
+        self._counter.increment()
+        return self._counter.read()
 
     def prepare_replay(self) -> np.int64:
         """Evaluate the hyperparameters for the next replay of a captured step, and send them to the GPU.

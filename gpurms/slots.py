@@ -143,7 +143,7 @@ class Slots:
         entries: Iterable[tuple[Any, dict[str, Variable], Place | None]] = state.pop("entries")
         self.__dict__.update(state)
         for variable, slots, place in entries:
-            for each in (variable, None if place is None else place.view()):
+            for each in (variable, None if place is None else backend.require(place.owner).find(place)):
                 if each is not None:
                     entry = Entry(each, label(each))
                     for name, slot in slots.items():

@@ -14,11 +14,14 @@ from gpurms.counter import Counter
 from gpurms.slots import Entry, Slots, array_of, label
 from gpurms.variable import Variable
 
+MADE_ANEW = ("_batches", "_capture", "_repeat")
+"""What copies and pickles leave behind: it refers to arrays by their addresses."""
+
 
 class State:
     """The members of ``RMSprop`` that read and write its state; copies and pickles take it along."""
 
-    __slots__ = ("__weakref__", "_batches", "_capture", "_counter", "_settings", "_slots")
+    __slots__ = ("__weakref__", "_batches", "_capture", "_counter", "_repeat", "_settings", "_slots")
 
     name: Any
     slot_dtype: Any
@@ -30,6 +33,7 @@ class State:
         self._counter: Counter | None = None
         self._batches: tuple[list[Entry], list[tuple[Backend, list[int]]]] = ([], [])
         self._capture = Capture()
+        self._repeat: Any = None  # the call before and how to launch one like it, see repeat.py
 
     @property
     def iterations(self) -> Variable:
@@ -223,7 +227,9 @@ class State:
 
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         attributes, slots = cast("tuple[dict[str, Any] | None, dict[str, Any]]", object.__getstate__(self))
-        return attributes, {key: value for key, value in slots.items() if key not in ("_batches", "_capture")}
+        return attributes, {
+            key: value for key, value in slots.items() if key not in ("_batches", "_capture", "_repeat")
+        }
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         attributes, slots = state
@@ -231,6 +237,7 @@ class State:
             object.__setattr__(self, key, value)
         self._batches = ([], [])
         self._capture = Capture()
+        self._repeat = None
 
     def _set_counter(self, counter: Counter) -> None:
         self._counter = counter

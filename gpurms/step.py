@@ -68,8 +68,8 @@ def missing_slots(optimizer: RMSprop, pairs: Sequence[Pair], flags: Flags) -> li
     ]
 
 
-def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequence[NewSlot]) -> Callable[[], None]:
-    """The step as a function that changes the arrays and does nothing else."""
+def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequence[NewSlot]) -> Plan:
+    """Slots and rules of each variable, in batches, handed to their libraries."""
     pending = {(entry, name): slot for entry, name, slot in new_slots}
     rules: dict[tuple[np.dtype[Any], bool], Rule] = {}
     updates = []
@@ -93,14 +93,26 @@ def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequen
         _release(updates)
         raise
 
-    def apply() -> None:
-        for planned in plans:
-            planned()
-        _release(updates)
-        for entry, update in fresh.items():
-            entry.update = update
+    return Plan(plans, updates, fresh)
 
-    return apply
+
+class Plan:
+    """The step made ready: called, it changes the arrays and does nothing else. ``plans``: of each batch."""
+
+    def __init__(
+        self, plans: Sequence[Callable[[], None]], updates: Sequence[Update], fresh: Mapping[Entry, Update]
+    ) -> None:
+        self.plans = plans
+        self._updates = updates
+        self._fresh = fresh
+
+    def __call__(self) -> None:
+        """Apply it, once."""
+        for planned in self.plans:
+            planned()
+        _release(self._updates)
+        for entry, update in self._fresh.items():
+            entry.update = update
 
 
 def _release(updates: Sequence[Update]) -> None:

@@ -8,17 +8,15 @@ without any rule for it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from gpurms import backend
-from gpurms.kernels.pool import fork_safe_lock
 from gpurms.slots import array_of, label
 from gpurms.variable import Array, IndexedSlices, Variable, recording
-
-_opening = fork_safe_lock()
 
 
 class _Gathered(NamedTuple):
@@ -52,7 +50,9 @@ class GradientTape:
     def __enter__(self) -> Self:
         if self._trace is not None:
             raise RuntimeError("a GradientTape records one `with` block; make a new one")
-        self._trace = _new_trace()
+        from gpurms import tracing
+
+        self._trace = tracing.new_trace()
         recording.tapes.append(self)
         return self
 
@@ -106,28 +106,35 @@ class GradientTape:
         return box
 
     def _root(self, value: Any) -> tuple[Any, Any]:
-        from autograd import core, tracer
+        from gpurms import tracing
 
-        node = core.VJPNode.new_root()
-        return node, tracer.new_box(value, self._trace, node)
+        assert self._trace is not None
+        return tracing.new_root(value, self._trace)
 
     def _backward(self, target: Any, output_gradients: Any) -> dict[Any, Any]:
         """Gradients by node, for the nodes at which variables and rows were read."""
         from autograd import core, tracer
 
+        from gpurms import tracing
+
         if not tracer.isbox(target) or target._trace != self._trace:
             return {}
-        space = core.vspace(target._value)
-        start = space.ones() if output_gradients is None else np.asarray(output_gradients, dtype=space.dtype)
-        pending = {target._node: (start, False)}
-        roots = {}
-        for node in tracer.toposort(target._node):
-            grad = pending.pop(node)
-            if not node.parents:
-                roots[node] = grad[0]
-            for parent, part in zip(node.parents, node.vjp(grad[0])):
-                pending[parent] = core.add_outgrads(pending.get(parent), part)
-        return roots
+        value = tracer.getval(target)
+        space = core.vspace(value)
+        with _near(value):
+            if output_gradients is None:
+                start = space.ones()
+            else:
+                start = tracing.library_of(value).asarray(output_gradients, dtype=space.dtype)
+            pending = {target._node: (start, False)}
+            roots = {}
+            for node in tracer.toposort(target._node):
+                grad = pending.pop(node)
+                if not node.parents:
+                    roots[node] = grad[0]
+                for parent, part in zip(node.parents, node.vjp(grad[0])):
+                    pending[parent] = core.add_outgrads(pending.get(parent), part)
+            return roots
 
     def _gradient_of(self, source: Any, found: dict[Any, Any]) -> Any:
         import autograd.numpy as anp
@@ -135,16 +142,15 @@ class GradientTape:
         key, array = _key(source), array_of(source)
         gathered = [each for each in self._gathered.get(key, ()) if each.node in found]
         node = self._read_nodes.get(key)
-        dense = None if node not in found else _cast(found[node], array)
-        if not gathered:
-            return dense
-        row_shape = array.shape[1:]
-        values = anp.concatenate([anp.reshape(found[each.node], (-1, *row_shape)) for each in gathered])
-        indices = np.concatenate([each.indices for each in gathered])
-        rows = IndexedSlices(_cast(values, array), indices, array.shape)
-        if dense is None:
-            return rows
-        return backend.require(array).add_rows(dense, rows.indices, rows.values)
+        with _near(array):
+            dense = None if node not in found else _cast(found[node], array)
+            if not gathered:
+                return dense
+            row_shape = array.shape[1:]
+            values = anp.concatenate([anp.reshape(found[each.node], (-1, *row_shape)) for each in gathered])
+            indices = np.concatenate([each.indices for each in gathered])
+            rows = IndexedSlices(_cast(values, array), indices, array.shape)
+        return rows if dense is None else backend.require(array).add_rows(dense, rows.indices, rows.values)
 
 
 def gather(variable: Any, indices: Any) -> Any:
@@ -178,7 +184,8 @@ def gather(variable: Any, indices: Any) -> Any:
             f"{label(variable)}: index {int(at.reshape(-1)[offset])} at offset {offset} is outside "
             f"[0, {array.shape[0]})"
         )
-    rows = home.view(array)[at]
+    with home.near(array):
+        rows = home.view(array)[at]
     for tape in recording.tapes:
         rows = tape._gather(variable, at, rows)
     return rows
@@ -221,36 +228,16 @@ def _key(variable: Any) -> Any:
     return backend.require(array).key(array)
 
 
+def _near(value: Any) -> AbstractContextManager[Any]:
+    home = backend.of(value)
+    return nullcontext() if home is None else home.near(value)
+
+
 def _cast(grad: Any, array: Array) -> Any:
     """The gradient as an array of the variable's type; 0-d results arrive as scalars."""
     if isinstance(grad, np.generic | float):
         return np.asarray(grad, dtype=array.dtype)
-    return grad if grad.dtype == array.dtype else grad.astype(array.dtype)
-
-
-def _new_trace() -> int:
-    """A trace number above all open ones.
-
-    autograd counts open traces in one global, up and down, which two threads would confuse. Tapes only ever count it
-    up, under a lock; numbers need not be dense, only larger for inner traces.
-    """
-    from autograd import tracer
-
-    _register_bfloat16()
-    with _opening:
-        tracer.trace_stack.top += 1
-        return int(tracer.trace_stack.top)
-
-
-def _register_bfloat16() -> None:
-    """Make autograd accept bfloat16 scalars, which operations on 0-d arrays return."""
-    import sys
-
-    from autograd.numpy.numpy_boxes import ArrayBox
-    from autograd.numpy.numpy_vspaces import ArrayVSpace
-    from autograd.tracer import box_type_mappings
-
-    ml_dtypes = sys.modules.get("ml_dtypes")
-    if ml_dtypes is not None and ml_dtypes.bfloat16 not in box_type_mappings:
-        ArrayBox.register(ml_dtypes.bfloat16)
-        ArrayVSpace.register(ml_dtypes.bfloat16)
+    if grad.dtype != array.dtype:
+        return grad.astype(array.dtype)
+    repeated = 0 in getattr(grad, "strides", ())  # elements that share memory cannot be scaled in place
+    return grad.copy() if repeated else grad

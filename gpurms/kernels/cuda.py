@@ -29,7 +29,7 @@ from gpurms.kernels.launch import (
     table_type,
     types,
 )
-from gpurms.kernels.rule import SCALARS, Flags, Rule, Update
+from gpurms.kernels.rule import SCALARS, Flags, Rule, Step, Update
 
 THREADS = 256
 RULE = ("storage.cuh", "rmsprop.cuh")
@@ -71,20 +71,49 @@ def prepared(update: Update) -> State:
     return state
 
 
-def plan(updates: Sequence[Update]) -> Planned:
-    """Compile and allocate all that the updates need; the function returned launches them."""
-    by_device: dict[int, list[Update]] = {}
-    for update in updates:
-        by_device.setdefault(prepared(update).device, []).append(update)
-    plans = [(device, _plan_on_device(device, some)) for device, some in by_device.items()]
+class Plan:
+    """All that the updates of a call need, compiled and allocated; called, it launches."""
 
-    def apply() -> None:
-        for device, planned in plans:
+    def __init__(self, updates: Sequence[Update]) -> None:
+        by_device: dict[int, list[Update]] = {}
+        for update in updates:
+            by_device.setdefault(prepared(update).device, []).append(update)
+        self.updates = updates
+        self.planned = [(device, _plan_on_device(device, some)) for device, some in by_device.items()]
+
+    def __call__(self) -> None:
+        """Launch, on each device's current stream."""
+        for device, planned in self.planned:
             with cupy.cuda.Device(device):
                 for each in planned:
                     each()
 
-    return apply
+
+class Repeat:
+    """The launches of a call whose variables were all dense, contiguous and on one device, for other gradients."""
+
+    def __init__(self, device: int, updates: Sequence[Update], groups: Sequence[_Dense]) -> None:
+        self._device = device
+        position = {id(update): i for i, update in enumerate(updates)}
+        self._groups = [(group, np.array([position[id(update)] for update in group.table.updates])) for group in groups]
+
+    def __call__(self, grads: Sequence[Any], now: Step) -> None:
+        """Apply gradients of the types and layouts of before, with the flags of before."""
+        pointers = np.array([grad.data.ptr for grad in grads], np.int64)
+        with cupy.cuda.Device(self._device):
+            refuse_capture()
+            for group, positions in self._groups:
+                group.repeat(pointers[positions], now)
+
+
+def repeat(plan: Plan) -> Repeat | None:
+    """The plan for use with other gradients, if it launches nothing but ``multi``."""
+    if len(plan.planned) != 1:
+        return None
+    device, planned = plan.planned[0]
+    groups = [each for each in planned if isinstance(each, _Dense)]
+    n_taken = sum(len(each.table.updates) for each in groups)
+    return Repeat(device, plan.updates, groups) if len(groups) == len(planned) and n_taken else None
 
 
 def _plan_on_device(device: int, updates: Sequence[Update]) -> list[Planned]:
@@ -111,8 +140,7 @@ def _send_scalars(device: int, updates: Sequence[Update]) -> Iterator[Planned]:
     capturing = is_capturing()
     for rule in {update.rule.compute: update.rule for update in updates}.values():
         if rule.live is None:
-            if capturing:
-                raise RuntimeError("a step can be captured in a graph only if the optimizer has capturable=True")
+            refuse_capture()
         elif not capturing:
             place = (device, rule.compute)
             if place not in rule.live:
@@ -120,6 +148,12 @@ def _send_scalars(device: int, updates: Sequence[Update]) -> Iterator[Planned]:
             yield _sending(rule.scalars, rule.live[place])
         elif (device, rule.compute) not in rule.live:
             raise RuntimeError("take one step with these variables before capturing one")
+
+
+def refuse_capture() -> None:
+    """RuntimeError while a graph is captured: it would keep the numbers of this step."""
+    if is_capturing():
+        raise RuntimeError("a step can be captured in a graph only if the optimizer has capturable=True")
 
 
 def _sending(scalars: np.ndarray[Any, Any], live: Any) -> Planned:
@@ -205,23 +239,34 @@ class _Table:
         return self.flags == rule.flags and self.grad_type == updates[0].grad.dtype and self.updates == updates
 
 
-def _plan_dense(updates: list[Update]) -> Planned:
+def _plan_dense(updates: list[Update]) -> _Dense:
     state = prepared(updates[0])
     table = state.table
     if table is None or not table.fits(updates):
         table = state.table = _Table(updates)
     table.fill()
     table.kernel.compile()
-    rule = updates[0].rule
-    scalars, live = rule.scalars.view(scalars_type(rule.compute)), live_scalars(rule, state.device)
-    kept = [(update.grad, update.factor) for update in updates]
-    return partial(_launch_dense, table, scalars, live, kept)
+    return _Dense(table, updates[0].rule, [(update.grad, update.factor) for update in updates])
 
 
-def _launch_dense(table: _Table, scalars: np.ndarray[Any, Any], live: Any, kept: list[Any]) -> None:
-    """``kept`` is what the launches read: it lives as long as the plan, which for a captured step is long."""
-    for n_blocks, count, struct in table.launches:
-        table.kernel(n_blocks, THREADS, scalars, live, count, struct)
+class _Dense:
+    """The launches of one table. ``kept`` is what they read: it lives as long as the plan, with a graph for long."""
+
+    def __init__(self, table: _Table, rule: Rule, kept: list[Any]) -> None:
+        self.table, self.kept = table, kept
+        self.compute, self.has_momentum = rule.compute, rule.flags.has_momentum
+        self.scalars = rule.scalars.view(scalars_type(rule.compute))
+        self.live = live_scalars(rule, prepared(table.updates[0]).device)
+
+    def __call__(self) -> None:
+        for n_blocks, count, struct in self.table.launches:
+            self.table.kernel(n_blocks, THREADS, self.scalars, self.live, count, struct)
+
+    def repeat(self, pointers: np.ndarray[Any, Any], now: Step) -> None:
+        """Launch with other gradients and numbers."""
+        self.table.words[: pointers.size, 1] = pointers
+        self.scalars = now.scalars(self.compute).view(scalars_type(self.compute))
+        self()
 
 
 # ------------------------------------------------------------------------------------------------ dense, other layouts

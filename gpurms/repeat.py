@@ -1,0 +1,75 @@
+"""The call before, to recognise one like it: the usual case, and the one in which looking things up costs most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
+
+from gpurms import step
+from gpurms.aliasing import Pair
+from gpurms.kernels.rule import Step
+from gpurms.slots import array_of
+from gpurms.variable import Variable
+
+if TYPE_CHECKING:
+    from gpurms.rmsprop import RMSprop
+
+Launch = Callable[[Sequence[Any], Step], None]
+"""Apply gradients that look like those before: their arrays, and the numbers of the step."""
+
+_look = attrgetter("dtype", "shape", "strides")
+_shape = attrgetter("shape")
+_memory = attrgetter("data.mem")
+_device = attrgetter("data.device_id")
+
+
+class Repeat:
+    """Variables of a call, in order, whose gradients were all dense and on one GPU, and how those looked.
+
+    A call of the same variables with such gradients needs no look-ups and no checks one by one: what they would find is
+    known, and only pointers and scalars of its launches are new. Everything is compared as lists, at a fraction of a
+    microsecond per variable.
+    """
+
+    def __init__(self, optimizer: RMSprop, items: Sequence[tuple[Any, Any]], pairs: Sequence[Pair], now: Step) -> None:
+        self._variables = [variable for _, variable in items]
+        self._constrained = [variable for variable in self._variables if isinstance(variable, Variable)]
+        self._arrays = [array_of(variable) for variable in self._variables]
+        self._shapes = list(map(_shape, self._arrays))
+        self._kind = type(pairs[0][1])
+        self._looks = [_look(grad) for _, grad, _ in pairs]
+        self._device = pairs[0][0].device
+        self._n_slots = len(optimizer._slots.weights)
+        self.flags = now.flags
+
+    @classmethod
+    def of(
+        cls, optimizer: RMSprop, items: Sequence[tuple[Any, Any]], pairs: Sequence[Pair], now: Step, planned: step.Plan
+    ) -> tuple[Repeat, Launch] | None:
+        """What to recognise the next call by and how to launch it; None where a call is of another kind."""
+        plain = len(pairs) == len(items) and now.live is None and step.clip(optimizer) is None
+        if not plain or 0 in optimizer._slots.owners or len(planned.plans) != 1:
+            return None
+        home = pairs[0][0].backend
+        launch = home.repeat(planned.plans[0])
+        return None if launch is None else (cls(optimizer, items, pairs, now), launch)
+
+    def fits(self, optimizer: RMSprop, items: Sequence[Any]) -> bool:
+        """Whether the call is like the one before."""
+        if len(items) != len(self._variables) or set(map(type, items)) != {tuple} or set(map(len, items)) != {2}:
+            return False
+        grads, variables = zip(*items)
+        owners = optimizer._slots.owners
+        return (
+            all(map(is_, variables, self._variables))
+            and set(map(type, grads)) == {self._kind}
+            and list(map(_look, grads)) == self._looks
+            and list(map(_shape, self._arrays)) == self._shapes
+            and set(map(_device, grads)) == {self._device}
+            and owners.isdisjoint(map(id, map(_memory, grads)))
+            and not any(variable.constraint for variable in self._constrained)
+            and len(optimizer._slots.weights) == self._n_slots
+            and step.clip(optimizer) is None
+            and not optimizer.capturable
+        )

@@ -96,6 +96,8 @@ class Repeat:
         self._device = device
         position = {id(update): i for i, update in enumerate(updates)}
         self._groups = [(group, np.array([position[id(update)] for update in group.table.updates])) for group in groups]
+        for group in groups:
+            group.kept = []  # the gradients of the step that has just been launched
 
     def __call__(self, grads: Sequence[Any], now: Step) -> None:
         """Apply gradients of the types and layouts of before, with the flags of before."""

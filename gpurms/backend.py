@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -238,5 +239,15 @@ def _cupy() -> tuple[ModuleType | None, str]:
 def report() -> list[tuple[str, bool, str]]:
     """Rows (engine, usable, detail), the preferred first."""
     cupy, problem = _cupy()
-    detail = "" if cupy is None else f"{cupy.cuda.runtime.getDeviceCount()} devices"
-    return [("cuda", cupy is not None, problem or detail), *cpu.engine_report()]
+    detail = problem if cupy is None else _devices(cupy.cuda.runtime)
+    return [("cuda", cupy is not None, detail), *cpu.engine_report()]
+
+
+def _devices(runtime: Any) -> str:
+    """The GPUs in words, equal ones together: ``2 x NVIDIA H200 (compute capability 9.0, 140 GiB)``."""
+    found: Counter[str] = Counter()
+    for number in range(runtime.getDeviceCount()):
+        device = runtime.getDeviceProperties(number)
+        memory = f"{device['totalGlobalMem'] / 2**30:.0f} GiB"
+        found[f"{device['name'].decode()} (compute capability {device['major']}.{device['minor']}, {memory})"] += 1
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in found.items())

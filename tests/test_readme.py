@@ -7,16 +7,29 @@ import numpy as np
 import pytest
 
 import gpurms
+from tests import engines
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def code(on_gpu: bool) -> list[str]:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    return [block for block in blocks if ("import cupy" in block) == on_gpu]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_code_for_gpus_runs(seed: int, capsys: pytest.CaptureFixture[str]):
+    (block,) = code(on_gpu=True)
+    with engines.emulated(deferred=True, seed=seed):
+        exec(block, {"gpurms": gpurms})
+    assert capsys.readouterr().out == "4\n"
 
 
 @pytest.mark.usefixtures("numpy_engine")
 def test_code_runs(capsys: pytest.CaptureFixture[str]):
     names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
+    for block in code(on_gpu=False):
         exec(block, names)
     assert capsys.readouterr().out == "9.683772\n"
     table = names["table"]

@@ -30,6 +30,8 @@ WARPS = 4
 FAN_IN = 32
 RADIX_BITS, DIGITS = 8, 256
 MAX_BLOCKS = (1 << 31) - 1
+MAX_IDS = (1 << 31) - 64
+"""Places are 32-bit numbers in the kernels, which look up to 63 places beyond the last."""
 
 SORT = ("storage.cuh", "sort.cu")
 ROWS = ("storage.cuh", "rmsprop.cuh", "rows.cu")
@@ -161,8 +163,8 @@ def plan(update: Update, tables: Tables, live: Any, workspace: Workspace) -> Pla
     """Sort, sum and update, in a few launches, none of which depends on what the ids are."""
     rule = update.rule
     n, n_rows, row_size = update.indices.size, update.var.shape[0], tables.row_size
-    if n >= 1 << 31:
-        raise ValueError(f"a sparse gradient on a GPU may have up to 2**31 - 1 indices; got {n}")
+    if n > MAX_IDS:
+        raise ValueError(f"a sparse gradient on a GPU may have up to {MAX_IDS} indices; got {n}")
     ids, values = cupy.ascontiguousarray(update.indices), cupy.ascontiguousarray(update.grad)
     key, _ = _sort_macros(ids, n_rows)
     n_sums = n // 16 + 1 if n > FAN_IN else 0  # see `slot` in rows.cu

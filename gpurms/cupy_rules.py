@@ -150,7 +150,8 @@ def _untake(g: Array, index: Any, space: CuPyVSpace) -> SparseObject:
         if repeats:
             cupy.add.at(total, index, g)
         else:
-            total[index] += g
+            part = total[index]
+            part += g
         return total
 
     return SparseObject(space, add_to)

@@ -118,8 +118,13 @@ class CuPy:
             raise ValueError(f"{where}: expected shape {like.shape}; got {converted.shape}")
         if not converts(converted.dtype, like.dtype):
             raise TypeError(f"{where}: cannot convert {converted.dtype} to {like.dtype}")
-        with cupy.cuda.Device(self.device(like)):
-            return cupy.array(converted.astype(like.dtype))
+        if isinstance(converted, cupy.ndarray):
+            with self.near(converted):  # CuPy copies only contiguous arrays from device to device
+                converted = cupy.ascontiguousarray(converted, like.dtype)
+        else:
+            converted = converted.astype(like.dtype)
+        with self.near(like):
+            return cupy.array(converted)
 
     def write(self, array: Array, values: Array) -> None:
         """In place, on the array's device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -118,7 +119,10 @@ class NumPy:
         return np.array(array)
 
     def numbers(self, value: Any, where: str) -> Array:
-        """As NumPy reads them; ragged lists are none."""
+        """As NumPy reads them, or copied from a GPU; ragged lists are none."""
+        cupy = sys.modules.get("cupy")
+        if cupy is not None and isinstance(value, cupy.ndarray):
+            value = cupy.asnumpy(value)
         try:
             return np.asarray(value)
         except ValueError as error:

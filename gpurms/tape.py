@@ -33,6 +33,10 @@ class GradientTape:
     differentiates the gradients of the inner one; each thread has its own. Ask for gradients before the variables are
     updated: the tape refers to their arrays.
 
+    Values of variables on a GPU are CuPy arrays, and so must the constants be that they meet. Work goes to the current
+    device, gradients to the device of the target. Without a gradient on a GPU are ``sort``, ``trace`` and what CuPy
+    lacks. The gradient of indexing by an array sums repeated places in any order there; that of ``gather`` does not.
+
     >>> from gpurms import Variable
     >>> v = Variable([1.0, 2.0])
     >>> with GradientTape() as tape:

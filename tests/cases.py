@@ -38,6 +38,7 @@ LEARNING_RATES = (0.1, 0.03, 0.2)  # of successive steps
 
 SHAPES = ((), (0,), (3, 0, 2), (1,), (7,), (33, 5), (2, 3, 4, 5))
 LARGE = (600_011,)  # several blocks, more than one unit of work for the threads, ragged
+LARGE_EMULATED = (70_011,)  # several tiles and chunks of the CUDA kernels, ragged
 
 TABLES = {  # shape, ids
     "1-d": ((10,), [3, 3, 0, 9, 3, 0]),

@@ -29,7 +29,9 @@ OPTIONS: dict[str, Any] = {  # option beyond those of the page -> a value that i
 
 def host(x: Any) -> np.ndarray:
     """A NumPy copy of a variable or array."""
-    return x.numpy() if isinstance(x, gpurms.Variable) else np.array(x)
+    if isinstance(x, gpurms.Variable):
+        return x.numpy()
+    return np.array(x.get() if hasattr(x, "get") else x)  # CuPy copies to the host only when asked
 
 
 def assert_same_bits(got: Any, want: Any) -> None:
@@ -54,8 +56,8 @@ def full_rmsprop(**kwargs: Any) -> gpurms.RMSprop:
 
 
 def step(opt: gpurms.RMSprop, *variables: Any) -> None:
-    """One call with gradients of ones."""
-    opt.apply_gradients([(np.ones(v.shape, v.dtype), v) for v in variables])
+    """One call with gradients of ones, beside the variables."""
+    opt.apply_gradients([(np.ones_like(v.value if isinstance(v, gpurms.Variable) else v), v) for v in variables])
 
 
 @dataclass(frozen=True)
@@ -96,5 +98,5 @@ def unchanged(opt: gpurms.RMSprop, *variables: Any) -> Iterator[None]:
 def dense(slices: gpurms.IndexedSlices, shape: tuple[int, ...]) -> np.ndarray:
     """The dense array that an `IndexedSlices` stands for, duplicates summed."""
     out = np.zeros(shape, np.float64)
-    np.add.at(out, np.asarray(slices.indices), np.asarray(slices.values, np.float64))
+    np.add.at(out, host(slices.indices), host(slices.values).astype(np.float64))
     return out

@@ -17,6 +17,7 @@ from gpurms import info
 from gpurms.__main__ import main
 from gpurms.demo import command, corpus
 from gpurms.demo.train import Settings
+from tests.engines import Engine, emulated
 from tests.planted import planted_text
 
 QUICK = ["--dim", "8", "--epochs", "1", "--subsample", "0", "--batch", "256"]
@@ -261,6 +262,21 @@ def test_a_whole_run(text_file: Path, tmp_path: Path) -> None:
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.parametrize("backend", ["cupy", "auto"])
+def test_a_whole_run_on_a_device(
+    device: Engine,
+    backend: str,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GPURMS_BACKEND", backend)
+    assert main(["demo", *QUICK, "--batch", "4096", "--text", str(text_file), "--out", str(tmp_path / "out")]) == 0
+    assert check_files(tmp_path / "out") > 1
+    assert ", cupy arrays, cuda engine\n" in capsys.readouterr().out
+
+
 def test_a_run_overwrites_an_earlier_one_and_shows_letters_that_the_terminal_lacks(tmp_path: Path) -> None:
     text = tmp_path / "caf\udce9.txt"  # a name that is not UTF-8
     text.write_text(planted_text().replace("rose", "größe"))
@@ -381,6 +397,15 @@ def test_info_without_the_gpu_that_was_asked_for() -> None:
     assert re.search(r"^  engine +none$", done.stdout, re.MULTILINE)
     assert re.search(r"^  cuda +not chosen: .*CuPy", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_info_names_the_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    with emulated(2):
+        assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^  array_module\(\) +cupy$", out, re.MULTILINE)
+    assert re.search(r"^  engine +cuda$", out, re.MULTILINE)
+    assert re.search(r"^  cuda +runs, with 2 x emulated \(compute capability 9\.0, 16 GiB\)$", out, re.MULTILINE)
 
 
 def test_info_for_a_reader_that_has_left() -> None:

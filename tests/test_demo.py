@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 import gpurms
 from gpurms.demo import InputError, corpus, neighbours, output, picture
 from gpurms.demo.train import CtrlC, Run, Settings, sampler_of, train
+from tests.engines import Engine, running
 from tests.planted import TOPICS
 
 SMALL = Settings(dim=16, window=3, epochs=8, batch=64, subsample=0, min_count=1)
@@ -77,6 +78,20 @@ def test_training_repeats_with_its_seed(planted: corpus.Corpus, trained: Run) ->
     np.testing.assert_array_equal(again.model.input.numpy(), trained.model.input.numpy())
     other = fit(planted, seed=1)
     assert not np.array_equal(other.model.input.numpy(), trained.model.input.numpy())
+
+
+def test_training_on_a_device_leads_where_numpy_leads(device: Engine, planted: corpus.Corpus) -> None:
+    changes = {"epochs": 1, "batch": 1024}
+    run = fit(planted, **changes)
+    assert type(run.model.input.value) is type(run.optimizer.weights[1].value) is device.xp.ndarray
+    with running("numpy"):
+        expected = fit(planted, **changes)
+    assert [step for step, _ in run.losses] == [step for step, _ in expected.losses]
+    np.testing.assert_allclose(run.losses[-1][1], expected.losses[-1][1], rtol=1e-5)
+    for name in ("input", "output"):
+        got, want = getattr(run.model, name).numpy(), getattr(expected.model, name).numpy()
+        np.testing.assert_allclose(got, want, atol=1e-4)
+        assert np.abs(want).max() > 0.1
 
 
 @pytest.mark.parametrize("option", ["dim", "window", "negatives", "epochs", "batch", "lr", "subsample"])

@@ -47,7 +47,7 @@ def test_a_failure_before_the_update_changes_nothing(stage, monkeypatch, numpy_e
         assert_same_bits(found, wanted)
 
 
-def test_a_failed_step_leaves_no_slot_behind(engine):
+def test_a_failed_step_leaves_no_slot_behind(cpu_engine):
     opt, v = RMSprop(0.1), Variable(np.ones(3, F32))
     opt.apply_gradients([(np.ones(3, F32), v)])
     opt.momentum = 0.5
@@ -83,7 +83,7 @@ def test_foreign_indices_are_refused(dtype, numpy_engine):
         opt.apply_gradients([(rows, table)])
 
 
-def test_overflow_in_a_conversion_is_silent(engine):
+def test_overflow_in_a_conversion_is_silent(cpu_engine):
     table = Variable(np.ones((3, 2), np.float16))
     values = np.full((2, 4), 1e300)[:, ::2]
     RMSprop().apply_gradients([(IndexedSlices(values, np.array([0, 2])), table)])
@@ -157,7 +157,7 @@ def test_the_engine_may_change_between_steps(dtype):
     assert_same_bits(steps("numba", "numpy", "numba"), steps("numpy", "numpy", "numpy"))
 
 
-def test_slots_of_different_types(engine):
+def test_slots_of_different_types(cpu_engine):
     def steps(second: str) -> Variable:
         opt, v = RMSprop(0.1, slot_dtype="float32"), Variable(np.arange(1, 6, dtype=F32))
         opt.apply_gradients([(np.ones(5, F32), v)])
@@ -189,7 +189,7 @@ def test_views_find_their_slots_in_a_copied_buffer(copier, numpy_engine):
 # --- what a step leaves behind -------------------------------------------------------------------------------
 
 
-def test_gradients_are_let_go(engine):
+def test_gradients_are_let_go(cpu_engine):
     class Gradient(np.ndarray):
         """Can be referenced weakly."""
 
@@ -216,7 +216,7 @@ def traced(step) -> int:
 
 @pytest.mark.parametrize("options", [{}, {"clipnorm": 1.0, "clipvalue": 0.5, "centered": True, "momentum": 0.5}])
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "float16"])
-def test_a_dense_step_allocates_blocks(layout, options, engine):
+def test_a_dense_step_allocates_blocks(layout, options, cpu_engine):
     n = 1 << 22
     dtype = np.float16 if layout == "float16" else F32
     x = np.ones(2 * n, dtype)[::2] if layout == "strided" else np.ones(n, dtype)
@@ -225,7 +225,7 @@ def test_a_dense_step_allocates_blocks(layout, options, engine):
     assert traced(lambda: opt.apply_gradients([(grad, x)])) < 8 * block * pool.n_threads() < 4 * n
 
 
-def test_a_sparse_step_allocates_for_its_ids(engine):
+def test_a_sparse_step_allocates_for_its_ids(cpu_engine):
     ids = np.arange(0, 50_000, 50)
     rows = IndexedSlices(np.ones((ids.size, 16), F32), ids)
     table = np.zeros((1_000_000, 16), F32)

@@ -12,6 +12,8 @@ import pytest
 
 import gpurms
 from gpurms.demo import InputError, corpus, skipgram
+from tests.engines import Engine, running
+from tests.support import dense, host
 
 # ---------------------------------------------------------------------------------------------------- corpus
 
@@ -181,22 +183,16 @@ def test_subsampling_thins_out_frequent_words() -> None:
 # ------------------------------------------------------------------------------------------------- gradients
 
 
-def small_model() -> tuple[skipgram.SkipGram, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def small_model(library: Engine) -> tuple[skipgram.SkipGram, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     rng = np.random.default_rng(5)
     model = skipgram.SkipGram(7, 4, 3, rng)
-    model.input = gpurms.Variable(rng.normal(size=(7, 4)), name="input")
-    model.output = gpurms.Variable(rng.normal(size=(7, 4)), name="output")
+    model.input = library.variable(rng.normal(size=(7, 4)), name="input")
+    model.output = library.variable(rng.normal(size=(7, 4)), name="output")
     return model, (np.array([0, 2, 2, 6, 0]), np.array([1, 2, 5, 5, 1]), np.array([5, 1, 1, 4, 0, 3]))
 
 
-def dense(slices: gpurms.IndexedSlices) -> np.ndarray:
-    total = np.zeros((7, 4))
-    np.add.at(total, slices.indices, slices.values)
-    return total
-
-
-def test_gradients_against_the_tape() -> None:
-    model, (centers, contexts, noise) = small_model()
+def test_gradients_against_the_tape(library: Engine) -> None:
+    model, (centers, contexts, noise) = small_model(library)
     with gpurms.GradientTape() as tape:
         v = gpurms.gather(model.input, centers)
         u = gpurms.gather(model.output, contexts)
@@ -209,14 +205,15 @@ def test_gradients_against_the_tape() -> None:
     assert [variable for _, variable in pairs] == [model.input, model.output]
     for (slices, _), other in zip(pairs, expected, strict=True):
         assert isinstance(slices, gpurms.IndexedSlices)
-        np.testing.assert_allclose(dense(slices), dense(other), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(dense(slices, (7, 4)), dense(other, (7, 4)), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_gradients_against_finite_differences(which: int) -> None:
-    model, batch = small_model()
+    with running("numpy") as library:
+        model, batch = small_model(library)
     table = (model.input, model.output)[which].value
-    gradient = dense(model.gradients(*batch)[1][which][0])
+    gradient = dense(model.gradients(*batch)[1][which][0], (7, 4))
     h = 1e-5
     for place in np.ndindex(table.shape):
         before, losses = table[place], []
@@ -226,8 +223,9 @@ def test_gradients_against_finite_differences(which: int) -> None:
         assert (losses[0] - losses[1]) / (2 * h) == pytest.approx(gradient[place], abs=1e-8)
 
 
-def test_a_model_starts_with_small_rows_and_an_output_of_zeros() -> None:
+def test_a_model_starts_with_small_rows_and_an_output_of_zeros(library: Engine) -> None:
     model = skipgram.SkipGram(50, 8, 5, np.random.default_rng(0))
+    assert type(model.input.value) is type(model.output.value) is library.xp.ndarray
     assert model.input.dtype == model.output.dtype == np.float32
     assert 0.9 / 16 < np.abs(model.input.numpy()).max() <= 1 / 16
     assert not model.output.numpy().any()
@@ -235,9 +233,9 @@ def test_a_model_starts_with_small_rows_and_an_output_of_zeros() -> None:
     assert float(loss) == pytest.approx(6 * np.log(2))
 
 
-def test_softplus_does_not_overflow() -> None:
+def test_softplus_does_not_overflow(library: Engine) -> None:
     x = np.array([-1e30, -200, -5, -0.0, 0, 3, 200, 1e30], np.float32)
-    value, slope = skipgram.softplus(np, x)
+    value, slope = (host(each) for each in skipgram.softplus(library.xp, library.put(x)))
     exact = x.astype(np.float64)
     np.testing.assert_allclose(value, np.logaddexp(0, exact), rtol=1e-6, atol=1e-30)
     np.testing.assert_allclose(slope, 1 / (1 + np.exp(np.minimum(-exact, 700))), atol=1e-7)

@@ -35,7 +35,7 @@ def train(seed: int, size: int, steps: int = 3) -> bytes:
 
 
 @pytest.mark.parametrize(("size", "steps"), [(1 << 10, 30), (LARGE, 2)], ids=["small", "large"])
-def test_threads_give_the_bits_of_one(size: int, steps: int, engine: str):
+def test_threads_give_the_bits_of_one(size: int, steps: int, cpu_engine: str):
     n = 4 if size < LARGE else 2
     alone = [train(seed, size, steps) for seed in range(n)]
     barrier, results = threading.Barrier(n), {}
@@ -52,7 +52,7 @@ def test_threads_give_the_bits_of_one(size: int, steps: int, engine: str):
     assert [results[seed] == alone[seed] for seed in range(n)] == [True] * n
 
 
-def test_first_steps_of_several_threads_at_once(engine: str):
+def test_first_steps_of_several_threads_at_once(cpu_engine: str):
     """Whatever the engine prepares at a first step is prepared once, whoever comes first."""
     n, results = 4, []
     barrier = threading.Barrier(n)
@@ -103,14 +103,14 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork on t
 
 @needs_fork
 @pytest.mark.parametrize("size", [1 << 10, LARGE], ids=["small", "large"])
-def test_child_steps_after_the_parent_used_its_threads(size: int, engine: str):
+def test_child_steps_after_the_parent_used_its_threads(size: int, cpu_engine: str):
     expected = train(0, size)
     assert in_child(lambda: train(0, size) == expected) == "right"
     assert train(0, size) == expected
 
 
 @needs_fork
-def test_child_continues_with_the_optimizer_of_the_parent(engine: str):
+def test_child_continues_with_the_optimizer_of_the_parent(cpu_engine: str):
     opt, var, grad = RMSprop(0.1, momentum=0.5), Variable(np.ones(LARGE, F32)), np.ones(LARGE, F32)
     opt.apply_gradients([(grad, var)])
 
@@ -133,7 +133,7 @@ def test_child_continues_with_the_optimizer_of_the_parent(engine: str):
 
 
 @needs_fork
-def test_grandchild(engine: str):
+def test_grandchild(cpu_engine: str):
     expected = train(0, LARGE, 1)
 
     def child() -> bool:
@@ -143,7 +143,7 @@ def test_grandchild(engine: str):
 
 
 @needs_fork
-def test_fork_while_another_thread_is_stepping(engine: str):
+def test_fork_while_another_thread_is_stepping(cpu_engine: str):
     expected, stop = train(0, LARGE, 1), threading.Event()
 
     def keep_stepping() -> None:

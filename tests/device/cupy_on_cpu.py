@@ -31,7 +31,7 @@ METHODS |= {
     "__cupy_override_elementwise_kernel__": compute.override_elementwise,
     "__deepcopy__": arrays.deepcopy,
     "__getitem__": indexing.getitem,
-    "__matmul__": lambda self, other: cupy.matmul(self, other),
+    "__matmul__": lambda self, other: (cupy if isinstance(other, cupy.ndarray) else np).matmul(self, other),
     "__reduce__": arrays.reduce,
     "__setitem__": indexing.setitem,
     "_scatter_op": indexing.scatter,

@@ -78,7 +78,8 @@ SCATTERS = {"add": np.add.at, "max": np.maximum.at, "min": np.minimum.at, "updat
 
 def scatter(self: cupy.ndarray, slices: Any, value: Any, op: str) -> None:
     """`array[slices] op= value`, repeated indices included."""
-    target, index, operand = bind(self), bind(_on_device(slices)), bind(value)
+    uploaded = _on_device(slices)  # freed behind the work that reads it
+    target, index, operand = bind(self), bind(uploaded), bind(value)
 
     def work() -> None:
         place = target.host()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "numba", "ml_dtypes", "autograd", "torch", "tensorflow", "tf_keras")
 
 
-def describe() -> dict[str, Any]:
+def describe(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Machine, versions, commit and date, JSON-serializable."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -26,7 +28,7 @@ def describe() -> dict[str, Any]:
         "memory_GiB": _memory(),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in packages if (version := _version(name))},
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
@@ -53,6 +55,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def sources() -> str:
+    """A digest of the library's files, which tells versions apart where there is no git."""
+    digest = hashlib.sha256()
+    folder = ROOT / "gpurms"
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu", ".cuh")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
 def _commit() -> str | None:
     """The commit, marked where files that git tracks differ from it; None outside a checkout."""
     command = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
@@ -61,3 +72,37 @@ def _commit() -> str | None:
     except FileNotFoundError:
         return None
     return found.stdout.strip() or None
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The current device and what drives it."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    properties = runtime.getDeviceProperties(runtime.getDevice())
+    return {
+        "name": properties["name"].decode(),
+        "compute_capability": f"{properties['major']}.{properties['minor']}",
+        "multiprocessors": properties["multiProcessorCount"],
+        "memory_GiB": round(properties["totalGlobalMem"] / 2**30, 1),
+        "l2_MiB": round(properties.get("l2CacheSize", 0) / 2**20, 1),
+        "driver": _driver(),
+        "cuda_of_driver": _version_of(runtime.driverGetVersion()),
+        "cuda_runtime": _version_of(runtime.runtimeGetVersion()),
+        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+        "copy_GB_per_s": None,
+    }
+
+
+def _version_of(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _driver() -> str | None:
+    """The driver's own version, as its tool says it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.partition("\n")[0].strip() or None

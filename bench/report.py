@@ -1,97 +1,19 @@
-"""Answers to the questions of a benchmark, and how they are printed and written."""
+"""How answers are printed and written."""
 
 from __future__ import annotations
 
 import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bench.answer import Answer, Figure, Series
 from bench.measure import spread
 
 SCHEMA = 1
 COLUMNS = ("figure", "median", "quartiles", "of minima", "goal", "met")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A bound on a figure: ``sense`` is "<=", "<", ">=" or ">"."""
-
-    sense: str
-    bound: float
-
-    def met(self, value: float) -> bool:
-        """Whether the value is within the bound."""
-        return {
-            "<=": value <= self.bound,
-            "<": value < self.bound,
-            ">=": value >= self.bound,
-            ">": value > self.bound,
-        }[self.sense]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of a table. The median over rounds, with its quartiles; ``best`` is made of minima over rounds."""
-
-    what: str
-    unit: str
-    median: float | None = None
-    low: float | None = None
-    high: float | None = None
-    best: float | None = None
-    goal: Goal | None = None
-    met: bool | None = None
-    skipped: str = ""
-
-
-@dataclass(frozen=True)
-class Series:
-    """What was measured: one value per round, in ``unit``."""
-
-    name: str
-    unit: str
-    values: list[float]
-
-
-@dataclass
-class Answer:
-    """The answer to one question."""
-
-    name: str
-    title: str
-    setting: str
-    figures: list[Figure] = field(default_factory=list)
-    series: list[Series] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def add_times(self, seconds: Mapping[str, list[float]], skipped: Mapping[str, str]) -> None:
-        """Take over what a race measured."""
-        self.series += [Series(name, "s", values) for name, values in seconds.items()]
-        self.skipped.update(skipped)
-
-    def add_ratio(self, over: str, under: str, goal: Goal | None = None, note: str = "") -> None:
-        """The figure ``over / under``: how many times longer the first series takes than the second, by round."""
-        what = f"{over} / {under}{note}"
-        series = {each.name: each.values for each in self.series}
-        if missing := [name for name in (over, under) if name not in series]:
-            self.figures.append(Figure(what, "x", goal=goal, skipped=", ".join(missing)))
-            return
-        pairs = zip(series[over], series[under], strict=True)
-        self.add(what, "x", [a / b for a, b in pairs], goal, min(series[over]) / min(series[under]))
-
-    def add(
-        self, what: str, unit: str, values: list[float], goal: Goal | None = None, best: float | None = None
-    ) -> None:
-        """The figure that is the median of ``values``; ``best`` is what the least disturbed round says."""
-        median, low, high = spread(values)
-        met = None if goal is None else goal.met(median)
-        if len(values) == 1:
-            self.figures.append(Figure(what, unit, median, goal=goal, met=met))
-        else:
-            self.figures.append(Figure(what, unit, median, low, high, best, goal, met))
 
 
 def unjudged(answer: Answer) -> Answer:
@@ -101,57 +23,100 @@ def unjudged(answer: Answer) -> Answer:
 
 def verdict(answers: Iterable[Answer]) -> str:
     """One line: how many goals are met, missed and not judged."""
-    figures = [figure for answer in answers for figure in answer.figures if figure.goal is not None]
-    met = sum(figure.met is True for figure in figures)
-    missed = sum(figure.met is False for figure in figures)
-    return f"goals: {met} met, {missed} missed, {len(figures) - met - missed} not judged"
+    met, missed, rest = _judged(figure for answer in answers for figure in answer.figures)
+    return f"goals: {met} met, {missed} missed, {rest} not judged"
+
+
+def _judged(figures: Iterable[Figure]) -> tuple[int, int, int]:
+    verdicts = [figure.met for figure in figures if figure.goal is not None]
+    return verdicts.count(True), verdicts.count(False), verdicts.count(None)
+
+
+def summary(answers: Sequence[Answer]) -> str:
+    """The goals that were missed, and last a line per question."""
+    missed = [(answer.name, *_row(figure)) for answer in answers for figure in answer.figures if figure.met is False]
+    lines = [f"missed: {name}: {what}: {value} (goal {goal})" for name, what, value, _, _, goal, _ in missed]
+    table = [("question", "met", "missed", "not judged", "skipped")]
+    for answer in answers:
+        table.append((answer.name, *map(str, _judged(answer.figures)), str(len(answer.skipped) or "")))
+    return "\n".join([*lines, *_aligned(table)])
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """The machine in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    gpu = f"{_gpu(machine['gpu'])}; " if "gpu" in machine else ""
+    missing = f" (missing: {', '.join(machine['missing'])})" if machine.get("missing") else ""
+    sources = f" (sources {machine['sources']})" if "sources" in machine else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['os']}, Python {machine['python']}, {versions}; "
-        f"commit {machine['commit'] or 'unknown'}, {machine['date']}, load before {machine['load_before']}"
+        f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['os']}, Python {machine['python']}, "
+        f"{versions}{missing}; commit {machine['commit'] or 'unknown'}{sources}, {machine['date']}, "
+        f"load before {machine['load_before']}"
+    )
+
+
+def _gpu(gpu: Mapping[str, Any]) -> str:
+    copy = "" if gpu["copy_GB_per_s"] is None else f", copies {_digits(gpu['copy_GB_per_s'])} GB/s"
+    return (
+        f"{gpu['name']} (compute capability {gpu['compute_capability']}, {gpu['memory_GiB']} GiB{copy}), "
+        f"driver {gpu['driver']}, CUDA {gpu['cuda_runtime']}, NVRTC {gpu['nvrtc']}"
     )
 
 
 def as_text(answer: Answer) -> str:
-    """Title, aligned table, medians of what was measured."""
-    table = _table(answer)
+    """Title, aligned tables, medians of what was measured."""
+    lines = [f"{answer.name}: {answer.title}", answer.setting, *_aligned(_table(answer))]
+    if pivot := _pivot(answer):
+        lines += _aligned(pivot)
+    footer = (textwrap.wrap(line, 110, initial_indent="  ", subsequent_indent="    ") for line in _footer(answer))
+    return "\n".join(lines + [line for paragraph in footer for line in paragraph])
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = [f"{answer.name}: {answer.title}", answer.setting]
+    lines = []
     for first, *rest in table:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]
         lines.append("  " + "  ".join(cells).rstrip())
-    footer = (textwrap.wrap(line, 110, initial_indent="  ", subsequent_indent="    ") for line in _footer(answer))
-    return "\n".join(lines + [line for paragraph in footer for line in paragraph])
+    return lines
 
 
 def as_markdown(machine: Mapping[str, Any], answers: Sequence[Answer]) -> str:
     """All answers as one page."""
     parts = [f"{machine_line(machine)}\n\n{verdict(answers)}"]
     for answer in answers:
-        header, *rows = _table(answer)
-        table = [header, ("---",) + ("---:",) * (len(COLUMNS) - 1), *rows]
-        lines = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+        tables = [_markdown(table) for table in (_table(answer), _pivot(answer)) if table]
         footer = "\n".join(f"- {line}" for line in _footer(answer))
-        parts.append(f"## {answer.name}: {answer.title}\n\n{answer.setting}\n\n{lines}\n\n{footer}".rstrip())
+        title = f"## {answer.name}: {answer.title}"
+        parts.append("\n\n".join([title, answer.setting, *tables, footer]).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    header, *rows = table
+    lines = [header, ("---",) + ("---:",) * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def stem(suite: str, machine: Mapping[str, Any]) -> str:
+    """The name of a run's files, without suffix."""
+    return f"{suite}-{machine['date'][:10]}"
+
+
 def write(
-    folder: Path, suite: str, quick: bool, machine: Mapping[str, Any], answers: Sequence[Answer]
+    folder: Path, suite: str, quick: bool, machine: Mapping[str, Any], answers: Sequence[Answer], more: str = ""
 ) -> tuple[Path, Path]:
-    """Write ``<suite>-<date>.json`` and ``.md`` into the folder, over those of the same day; returns their paths."""
+    """Write ``<suite>-<date>.json`` and ``.md`` into the folder, over those of the same day; returns their paths.
+
+    ``more`` is Markdown that ends the page.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{suite}-{machine['date'][:10]}"
     questions = [asdict(answer) for answer in answers]
     record = {"schema": SCHEMA, "suite": suite, "quick": quick, "machine": dict(machine), "questions": questions}
-    data, page = folder / f"{stem}.json", folder / f"{stem}.md"
+    data, page = (folder / f"{stem(suite, machine)}{suffix}" for suffix in (".json", ".md"))
     data.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     title = f"# python -m bench {suite}{' --quick' if quick else ''}"
-    page.write_text(f"{title}\n\n{as_markdown(machine, answers)}", encoding="utf-8")
+    page.write_text(f"{title}\n\n{as_markdown(machine, answers)}{more}", encoding="utf-8")
     return data, page
 
 
@@ -169,16 +134,30 @@ def _row(figure: Figure) -> tuple[str, ...]:
     return figure.what, _number(figure.median, figure.unit), quartiles, best, goal, met
 
 
+def _pivot(answer: Answer) -> list[tuple[str, ...]]:
+    """Medians with a column for each of those measured and a row for each condition; nothing if no series has any."""
+    series = [each for each in answer.series if each.of]
+    columns = list(dict.fromkeys(each.of["who"] for each in series))
+    rows: dict[str, dict[str, str]] = {}
+    for each in series:
+        conditions = [value for key, value in each.of.items() if key != "who"]
+        rows.setdefault(", ".join(conditions), {})[each.of["who"]] = _median(each)
+    if not rows:
+        return []
+    return [("median", *columns), *((row, *(cells.get(who, "") for who in columns)) for row, cells in rows.items())]
+
+
 def _footer(answer: Answer) -> list[str]:
-    medians = [f"{each.name} {_measured(spread(each.values).median, each.unit)}" for each in answer.series]
+    medians = [f"{each.name} {_median(each)}" for each in answer.series if not each.of]
     lines = ["medians: " + "; ".join(medians)] if medians else []
-    return lines + [f"skipped: {name}: {why}" for name, why in answer.skipped.items()]
+    return lines + answer.notes + [f"skipped: {name}: {why}" for name, why in answer.skipped.items()]
 
 
-def _measured(value: float, unit: str) -> str:
-    if unit == "s":
-        return _number(value * 1e3, "ms")
-    return _number(value, unit)
+def _median(series: Series) -> str:
+    value = spread(series.values).median
+    if series.unit != "s":
+        return _number(value, series.unit)
+    return _number(value * 1e3, "ms") if value >= 1e-3 else _number(value * 1e6, "us")
 
 
 def _number(value: float, unit: str) -> str:

@@ -11,9 +11,9 @@ import pytest
 
 from bench import __main__ as command
 from bench import child, cpu, machine, measure, peers, report
+from bench.answer import Answer, Goal
 from bench.cpu import compiling, dense
 from bench.measure import Missing, Race, always
-from bench.report import Answer, Goal
 
 PEERS = ("torch", "tensorflow", "tf_keras")
 
@@ -68,11 +68,11 @@ def test_every_question_is_answered(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def check(question: dict[str, Any]) -> None:
     """The form that bench/README.md describes."""
-    assert question.keys() == {"name", "title", "setting", "figures", "series", "skipped"}
+    assert question.keys() == {"name", "title", "setting", "figures", "series", "skipped", "notes"}
     assert question["figures"]
     assert question["series"]
     for series in question["series"]:
-        assert series.keys() == {"name", "unit", "values"}
+        assert series.keys() == {"name", "unit", "values", "of"}
         assert series["values"]
         assert all(value > 0 for value in series["values"])
     for figure in question["figures"]:

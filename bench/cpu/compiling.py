@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 
 from bench import child, engines
+from bench.answer import Answer, Goal, Series
 from bench.measure import Missing
-from bench.report import Answer, Goal, Series
 
 BEGIN = """
 import gc, json, time

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from bench import engines
+from bench.answer import Answer
 from bench.cpu.dense import ours
 from bench.engines import NUMBA, NUMPY
 from bench.measure import Missing, Race, Ready
-from bench.report import Answer
 
 DTYPES = {"float32": 20, "float64": 40, "float16": 14, "bfloat16": 14}  # bytes that a step moves per element
 

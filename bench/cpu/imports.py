@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench import child
-from bench.report import Answer, Goal
+from bench.answer import Answer, Goal
 
 CODE = """
 import time

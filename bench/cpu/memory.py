@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from bench import child, engines
+from bench.answer import Answer, Goal, Series
 from bench.engines import ENGINES, NUMBA, NUMPY
 from bench.measure import Missing
-from bench.report import Answer, Goal, Series
 from gpurms import IndexedSlices, RMSprop
 from gpurms.kernels import cpu, pool
 

@@ -7,11 +7,11 @@ from functools import partial
 import numpy as np
 
 from bench import engines
+from bench.answer import Answer
 from bench.cpu.dense import ours
 from bench.engines import NUMBA, NUMPY
 from bench.measure import Race, always
 from bench.peers import MOMENTUM, load
-from bench.report import Answer
 
 RULES = {  # name: (momentum, centered), bytes that a step moves per float32 element
     "plain": ((False, False), 20),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from bench import engines
+from bench.answer import Answer, Goal
 from bench.engines import NUMBA, NUMPY
 from bench.measure import Race, Ready, Step
 from bench.peers import EPSILON, LR, RHO, load
-from bench.report import Answer, Goal
 from gpurms import RMSprop
 
 TORCH = "torch foreach"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from bench import engines
+from bench.answer import Answer, Goal
 from bench.engines import NUMBA, NUMPY
 from bench.measure import Race, Ready, always
 from bench.peers import EPSILON, LR, MOMENTUM, RHO, load
-from bench.report import Answer, Goal
 from gpurms import IndexedSlices, RMSprop
 
 TF_KERAS, TF_FUNCTION, SPARSE_ADAM = "tf_keras legacy", "tf_keras legacy in tf.function", "torch SparseAdam"

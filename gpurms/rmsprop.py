@@ -203,6 +203,7 @@ class RMSprop(State):
         for entry, slot_name, slot in new_slots:
             self._slots.adopt(entry)
             self._slots.add(entry, slot_name, slot)
+        apply.settle()
         if self._counter is None:
             self._set_counter(counter)
         counter.increment(captured)

@@ -111,6 +111,9 @@ class Plan:
         for planned in self.plans:
             planned()
         _release(self._updates)
+
+    def settle(self) -> None:
+        """Leave what was prepared to the next step; after new slots have been added, which undoes that."""
         for entry, update in self._fresh.items():
             entry.update = update
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from gpurms import IndexedSlices, RMSprop, Variable
-from tests.support import BFLOAT16, DTYPES, Snapshot, assert_same_bits, host, sign_sgd, unchanged
+from tests.engines import Engine
+from tests.support import BFLOAT16, DTYPES, Snapshot, assert_same_bits, sign_sgd, unchanged
 
 F32 = np.float32
 
@@ -55,9 +56,9 @@ def test_any_iterable_consumed_once(kind: str):
         assert pairs.starts == 1
 
 
-def test_returns_the_new_count():
-    opt, var = RMSprop(0.1), Variable(ones(2))
-    results = [opt.apply_gradients([(ones(2), var)]) for _ in range(3)]
+def test_returns_the_new_count(library: Engine):
+    opt, var = RMSprop(0.1), library.variable(ones(2))
+    results = [opt.apply_gradients([(library.put(ones(2)), var)]) for _ in range(3)]
     assert [int(r) for r in results] == [1, 2, 3]
     assert {np.asarray(r).dtype for r in results} == {np.dtype(np.int64)}
     assert {np.ndim(r) for r in results} == {0}
@@ -81,9 +82,9 @@ def test_empty_iterable_is_a_no_op(empty: Any, steps: int):
     assert Snapshot.of(opt, [var]).contents[1:] == slots
 
 
-def test_several_dtypes_in_one_call():
-    opt, variables = sign_sgd(), [Variable(np.full(3, 2, dtype)) for dtype in DTYPES]
-    opt.apply_gradients([(np.full(3, 7, v.dtype), v) for v in variables])
+def test_several_dtypes_in_one_call(engine: Engine):
+    opt, variables = sign_sgd(), [engine.variable(np.full(3, 2, dtype)) for dtype in DTYPES]
+    opt.apply_gradients([(engine.put(np.full(3, 7, v.dtype)), v) for v in variables])
     for var, dtype in zip(variables, DTYPES, strict=True):
         assert_same_bits(var, np.full(3, 1.5, dtype))
 
@@ -92,7 +93,6 @@ def test_several_dtypes_in_one_call():
 
 BASE = np.array([[1, 2, 3], [-4, -5, -6]], F32)
 GRADIENTS: dict[str, Any] = {
-    "Variable": Variable(BASE.copy()),
     "strided": np.repeat(BASE, 2, axis=1)[:, ::2],
     "Fortran order": np.asfortranarray(BASE),
     "reversed": BASE[::-1, ::-1].copy()[::-1, ::-1],
@@ -106,17 +106,23 @@ GRADIENTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)
-def test_gradient_layouts(kind: str, engine: str):
-    var = Variable(np.zeros((2, 3), F32))
-    sign_sgd().apply_gradients([(GRADIENTS[kind], var)])
+def test_gradient_layouts(kind: str, engine: Engine):
+    var = engine.variable(np.zeros((2, 3), F32))
+    sign_sgd().apply_gradients([(engine.put(GRADIENTS[kind]), var)])
+    assert_same_bits(var, -np.sign(BASE) / 2)
+
+
+def test_gradient_that_is_a_variable(engine: Engine):
+    var = engine.variable(np.zeros((2, 3), F32))
+    sign_sgd().apply_gradients([(engine.variable(BASE.copy()), var)])
     assert_same_bits(var, -np.sign(BASE) / 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_of_a_scalar_variable(dtype: np.dtype):
-    var = Variable(np.array(2, dtype))
+def test_gradients_of_a_scalar_variable(dtype: np.dtype, engine: Engine):
+    var = engine.variable(np.array(2, dtype))
     opt = sign_sgd()
-    for grad in (dtype.type(3), np.array(3, dtype), Variable(np.array(3, dtype))):
+    for grad in (engine.put(dtype.type(3)), engine.put(np.array(3, dtype)), engine.variable(np.array(3, dtype))):
         before = var.numpy()
         opt.apply_gradients([(grad, var)])
         assert_same_bits(var, (before - dtype.type(0.5)).astype(dtype))
@@ -124,13 +130,13 @@ def test_gradients_of_a_scalar_variable(dtype: np.dtype):
 
 @pytest.mark.parametrize("grad_dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
-def test_wide_gradients_of_16_bit_variables(dtype: np.dtype, grad_dtype: Any):
-    var, table = Variable(np.zeros(2, dtype)), Variable(np.zeros((2, 1), dtype))
+def test_wide_gradients_of_16_bit_variables(dtype: np.dtype, grad_dtype: Any, engine: Engine):
+    var, table = engine.variable(np.zeros(2, dtype)), engine.variable(np.zeros((2, 1), dtype))
     opt = sign_sgd()
-    opt.apply_gradients([(np.array([1e-15, -1e10], grad_dtype), var)])  # float16 holds neither
+    opt.apply_gradients([(engine.put(np.array([1e-15, -1e10], grad_dtype)), var)])  # float16 holds neither
     assert_same_bits(var, np.array([-0.5, 0.5], dtype))
-    values = np.array([[3], [-2]], grad_dtype)
-    opt.apply_gradients([(IndexedSlices(values, np.array([0, 1])), table)])
+    slices = IndexedSlices(np.array([[3], [-2]], grad_dtype), np.array([0, 1]))
+    opt.apply_gradients([(engine.put(slices), table)])
     assert_same_bits(table, np.array([[-0.5], [0.5]], dtype))
 
 
@@ -147,17 +153,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_are_never_modified(dtype: np.dtype, option: str):
+def test_gradients_are_never_modified(dtype: np.dtype, option: str, library: Engine):
     opt = RMSprop(0.1, momentum=0.5, **OPTIONS[option])
-    variables = [Variable(np.full((3, 2), 2, dtype)), Variable(np.full((3, 2), 2, dtype))]
-    arrays = [
+    variables = [library.variable(np.full((3, 2), 2, dtype)) for _ in range(2)]
+    before = [
         np.arange(1, 7).reshape(3, 2).astype(dtype),
         np.arange(1, 9).reshape(4, 2).astype(dtype),
         np.array([2, 0, 2, 2]),
     ]
-    before = [a.copy() for a in arrays]
-    for a in arrays:
-        a.flags.writeable = False
+    arrays = [library.put(a.copy()) for a in before]
+    if library.xp is np:
+        for a in arrays:
+            a.flags.writeable = False
     opt.apply_gradients([(arrays[0], variables[0]), (IndexedSlices(arrays[1], arrays[2]), variables[1])])
     for a, b in zip(arrays, before, strict=True):
         assert_same_bits(a, b)
@@ -166,12 +173,12 @@ def test_gradients_are_never_modified(dtype: np.dtype, option: str):
 # --- None ---------------------------------------------------------------------------------------------------
 
 
-def test_none_gradients_are_skipped_with_one_warning():
+def test_none_gradients_are_skipped_with_one_warning(library: Engine):
     opt = RMSprop(0.1, momentum=0.5)
-    a, b, c = (Variable(ones(2), name=name) for name in ("first", "second", "third"))
+    a, b, c = (library.variable(ones(2), name) for name in ("first", "second", "third"))
     message = r"^Gradients do not exist for variables \[.*first.*third.*\]"
     with unchanged(RMSprop(), a, c), pytest.warns(UserWarning, match=message) as caught:
-        assert opt.apply_gradients([(None, a), (ones(2), b), (None, c)]) == 1
+        assert opt.apply_gradients([(None, a), (library.put(ones(2)), b), (None, c)]) == 1
     assert len(caught) == 1
     assert "second" not in str(caught[0].message)
     assert len(opt.weights) == 3
@@ -189,10 +196,10 @@ def pair_of_optimizers(**kwargs: Any) -> tuple[RMSprop, RMSprop]:
     return RMSprop(0.1, **options), RMSprop(0.1, **options)
 
 
-def test_same_variable_twice_is_two_updates_in_order(engine: str):
-    grads = [np.array([1, 2, 3], F32), np.array([-4, 5, 0.5], F32), np.array([0.25, 1, 1], F32)]
+def test_same_variable_twice_is_two_updates_in_order(engine: Engine):
+    grads = [engine.put(np.array(grad, F32)) for grad in ([1, 2, 3], [-4, 5, 0.5], [0.25, 1, 1])]
     once, thrice = pair_of_optimizers()
-    a, b = ones(3), ones(3)
+    a, b = engine.put(ones(3)), engine.put(ones(3))
     assert once.apply_gradients([(grads[0], a), (grads[1], Variable(a)), (grads[2], a[:])]) == 1
     for grad in grads:
         thrice.apply_gradients([(grad, b)])
@@ -202,11 +209,11 @@ def test_same_variable_twice_is_two_updates_in_order(engine: str):
         assert_same_bits(once.get_slot(a, name), thrice.get_slot(b, name))
 
 
-def test_same_variable_dense_and_sparse_in_order(engine: str):
-    slices = IndexedSlices(np.array([[1, 2], [3, 4]], F32), np.array([1, 1]))
-    dense = np.array([[5, 6], [-7, 8]], F32)
+def test_same_variable_dense_and_sparse_in_order(engine: Engine):
+    slices = engine.put(IndexedSlices(np.array([[1, 2], [3, 4]], F32), np.array([1, 1])))
+    dense = engine.put(np.array([[5, 6], [-7, 8]], F32))
     once, in_turn = pair_of_optimizers()
-    a, b = Variable(ones(2, 2)), Variable(ones(2, 2))
+    a, b = engine.variable(ones(2, 2)), engine.variable(ones(2, 2))
     once.apply_gradients([(slices, a), (dense, a), (slices, a)])
     for grad in (slices, dense, slices):
         in_turn.apply_gradients([(grad, b)])
@@ -217,30 +224,35 @@ def swapped(x: Any) -> list[Any]:
     return [(x[1], x[0]), (x[0], x[1])]
 
 
-ALIASES: dict[str, Callable[[np.ndarray], list[Any]]] = {  # of a (4, 3) array
+def slices(values: Any, *rows: int) -> IndexedSlices:
+    """With the row ids where the values are."""
+    return IndexedSlices(values, np.asarray(rows, like=values))
+
+
+ALIASES: dict[str, Callable[[Any], list[Any]]] = {  # of a (4, 3) array
     "each other": swapped,
     "each other, as variables": lambda x: swapped([Variable(x[0]), Variable(x[1])]),
     "a ring": lambda x: [(x[1], x[0]), (x[2], x[1]), (x[3], x[2]), (x[0], x[3])],
     "itself": lambda x: [(x, x)],
     "itself twice": lambda x: [(x, x), (x, x)],
-    "itself twice, as rows": lambda x: [(IndexedSlices(x, np.arange(4)), x), (x, x)],
+    "itself twice, as rows": lambda x: [(slices(x, 0, 1, 2, 3), x), (x, x)],
     "itself, strided": lambda x: [(x[:, ::2], x[:, ::2])],
     "itself, strided, one object": lambda x: [(view, view) for view in [x[:, ::2]]],
     "itself reversed": lambda x: [(x[::-1, ::-1], x)],
     "one row down": lambda x: [(x[1:], x[:-1])],
     "one row up": lambda x: [(x[:-1], x[1:])],
     "part of a variable": lambda x: [(x[:2], x[2:]), (x[2:], x[:2])],
-    "rows of its own": lambda x: [(IndexedSlices(x[:2], np.array([1, 0])), x)],
-    "rows of another": lambda x: [(x[2:].copy(), x[:2]), (IndexedSlices(x[:2], np.array([1, 1])), x[2:])],
+    "rows of its own": lambda x: [(slices(x[:2], 1, 0), x)],
+    "rows of another": lambda x: [(x[2:].copy(), x[:2]), (slices(x[:2], 1, 1), x[2:])],
     "later duplicate": lambda x: [(x[1], x[0]), (x[0], x[1]), (x[1], x[0])],
 }
 
 
 @pytest.mark.parametrize("option", ["plain", "clipnorm", "global_clipnorm", "weight_decay"])
 @pytest.mark.parametrize("alias", ALIASES)
-def test_gradients_that_are_variables_of_the_call(alias: str, option: str, engine: str):
+def test_gradients_that_are_variables_of_the_call(alias: str, option: str, engine: Engine):
     opt, expected_opt = pair_of_optimizers(**OPTIONS[option])
-    x = np.array([[1, -2, 3], [4, 5, -6], [-7, 8, 9], [10, -11, 12]], F32)
+    x = engine.put(np.array([[1, -2, 3], [4, 5, -6], [-7, 8, 9], [10, -11, 12]], F32))
     y = x.copy()
     for _ in range(2):
         opt.apply_gradients(ALIASES[alias](x))
@@ -251,16 +263,17 @@ def test_gradients_that_are_variables_of_the_call(alias: str, option: str, engin
 def detached(grad: Any) -> Any:
     if isinstance(grad, IndexedSlices):
         return IndexedSlices(grad.values.copy(), grad.indices)
-    return host(grad)
+    return (grad.value if isinstance(grad, Variable) else grad).copy()
 
 
-def test_gradient_that_is_a_slot(engine: str):
+def test_gradient_that_is_a_slot(engine: Engine):
     opt, expected_opt = pair_of_optimizers()
-    a, b, x, y = (Variable(np.array([1, 2, 3], F32)) for _ in range(4))
-    opt.apply_gradients([(ones(3), a), (ones(3), b)])
-    expected_opt.apply_gradients([(ones(3), x), (ones(3), y)])
-    opt.apply_gradients([(ones(3), a), (opt.get_slot(a, "rms"), b)])
-    expected_opt.apply_gradients([(ones(3), x), (expected_opt.get_slot(x, "rms").numpy(), y)])
+    a, b, x, y = (engine.variable(np.array([1, 2, 3], F32)) for _ in range(4))
+    grad = engine.put(ones(3))
+    opt.apply_gradients([(grad, a), (grad, b)])
+    expected_opt.apply_gradients([(grad, x), (grad, y)])
+    opt.apply_gradients([(grad, a), (opt.get_slot(a, "rms"), b)])
+    expected_opt.apply_gradients([(grad, x), (detached(expected_opt.get_slot(x, "rms")), y)])
     assert_same_bits(b, y)
 
 
@@ -269,18 +282,20 @@ def test_gradient_that_is_a_slot(engine: str):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_and_inf_stay_in_their_elements(dtype: np.dtype, bad: float, engine: str):
+def test_nan_and_inf_stay_in_their_elements(dtype: np.dtype, bad: float, engine: Engine):
     opt, expected_opt = pair_of_optimizers(centered=True)
-    variables, expected = ([Variable(np.ones((3, 2), dtype)) for _ in range(3)] for _ in range(2))
+    variables, expected = ([engine.variable(np.ones((3, 2), dtype)) for _ in range(3)] for _ in range(2))
     good = np.arange(1, 7).reshape(3, 2).astype(dtype)
     hurt = good.copy()
     hurt[1, 0] = bad
     finite = np.ones((3, 2), bool)
     finite[1, 0] = False
     rows = np.array([0, 1, 2])
-    for first in (hurt, good):
-        opt.apply_gradients(zip([first, IndexedSlices(first, rows), good], variables))
-        expected_opt.apply_gradients(zip([good, IndexedSlices(good, rows), good], expected))
+    good_grads = [engine.put(grad) for grad in (good, IndexedSlices(good, rows), good)]
+    hurt_grads = [engine.put(grad) for grad in (hurt, IndexedSlices(hurt, rows), good)]
+    for grads in (hurt_grads, good_grads):
+        opt.apply_gradients(zip(grads, variables))
+        expected_opt.apply_gradients(zip(good_grads, expected))
     for got, want in zip([*variables, *opt.weights[1:]], [*expected, *expected_opt.weights[1:]], strict=True):
         assert_same_bits(got.numpy()[finite], want.numpy()[finite])
     assert_same_bits(variables[2], expected[2])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gpurms import IndexedSlices, Variable
+from tests.engines import Engine
 from tests.support import DTYPES, assert_same_bits, sign_sgd, unchanged
 
 pytestmark = pytest.mark.usefixtures("numpy_engine")
@@ -16,24 +17,24 @@ def fails(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_constraint_is_applied_after_the_update(dtype: np.dtype):
-    array = np.array([1, 1], dtype)
+def test_constraint_is_applied_after_the_update(dtype: np.dtype, library: Engine):
+    array = library.put(np.array([1, 1], dtype))
     var = Variable(array, constraint=lambda x: np.maximum(x, 1))
-    sign_sgd().apply_gradients([(np.array([2, -2], dtype), var)])
+    sign_sgd().apply_gradients([(library.put(np.array([2, -2], dtype)), var)])
     assert_same_bits(array, np.array([1, 1.5], dtype))
     assert var.value is array
 
 
-def test_constraint_gets_an_array_of_the_variable():
+def test_constraint_gets_an_array_of_the_variable(library: Engine):
     seen: list[Any] = []
 
     def record(x: Any) -> Any:
         seen.append((type(x), x.shape, x.dtype, x.tolist()))
         return x
 
-    var = Variable(np.array([[1.0, 2.0]]), constraint=record)
-    sign_sgd().apply_gradients([(np.ones((1, 2)), var)])
-    assert seen == [(np.ndarray, (1, 2), np.float64, [[0.5, 1.5]])]
+    var = library.variable(np.array([[1.0, 2.0]]), constraint=record)
+    sign_sgd().apply_gradients([(library.put(np.ones((1, 2))), var)])
+    assert seen == [(library.xp.ndarray, (1, 2), np.float64, [[0.5, 1.5]])]
 
 
 def test_constraints_run_after_all_updates_of_the_call():
@@ -49,44 +50,44 @@ def test_constraints_run_after_all_updates_of_the_call():
     assert seen[-1] == 0.5
 
 
-def test_constraint_acts_at_every_step():
-    var = Variable(np.array([1.0]), constraint=lambda x: np.maximum(x, 0.75))
+def test_constraint_acts_at_every_step(library: Engine):
+    var = library.variable(np.array([1.0]), constraint=lambda x: np.maximum(x, 0.75))
     opt = sign_sgd()
     for _ in range(3):
-        opt.apply_gradients([(np.ones(1), var)])
+        opt.apply_gradients([(library.put(np.ones(1)), var)])
         assert var.numpy() == [0.75]
 
 
-def test_constraint_on_a_non_contiguous_variable():
-    base = np.ones((3, 2))
+def test_constraint_on_a_non_contiguous_variable(library: Engine):
+    base = library.put(np.ones((3, 2)))
     var = Variable(base[:, 1], constraint=lambda x: x * 2)
-    sign_sgd().apply_gradients([(np.ones(3), var)])
+    sign_sgd().apply_gradients([(library.put(np.ones(3)), var)])
     assert base.tolist() == [[1.0, 1.0]] * 3
 
 
-def test_constraint_on_a_scalar():
-    var = Variable(np.array(1.0), constraint=abs)
-    sign_sgd(learning_rate=3.0).apply_gradients([(np.array(1.0), var)])
+def test_constraint_on_a_scalar(library: Engine):
+    var = library.variable(np.array(1.0), constraint=abs)
+    sign_sgd(learning_rate=3.0).apply_gradients([(library.put(np.array(1.0)), var)])
     assert_same_bits(var, np.array(2.0))
 
 
-def test_constraint_is_that_of_the_handle_in_the_call():
-    opt, array = sign_sgd(), np.array([1.0])
+def test_constraint_is_that_of_the_handle_in_the_call(library: Engine):
+    opt, array = sign_sgd(), library.put(np.array([1.0]))
     bounded = Variable(array, constraint=lambda x: np.maximum(x, 0.25))
     moved = []
     for handle in (array, bounded, Variable(array), bounded):
-        opt.apply_gradients([(np.ones(1), handle)])
+        opt.apply_gradients([(library.put(np.ones(1)), handle)])
         moved.append(float(array[0]))
     assert moved == [0.5, 0.25, -0.25, 0.25]
 
 
-def test_sparse_gradient_is_refused_before_any_change():
-    opt = sign_sgd()
-    other, var = Variable(np.ones(2)), Variable(np.ones((2, 2)), name="bounded", constraint=np.abs)
-    opt.apply_gradients([(np.ones(2), other), (np.ones((2, 2)), var)])
-    slices = IndexedSlices(np.ones((1, 2)), np.array([0]))
+def test_sparse_gradient_is_refused_before_any_change(library: Engine):
+    opt, put = sign_sgd(), library.put
+    other, var = library.variable(np.ones(2)), library.variable(np.ones((2, 2)), "bounded", constraint=np.abs)
+    opt.apply_gradients([(put(np.ones(2)), other), (put(np.ones((2, 2))), var)])
+    slices = put(IndexedSlices(np.ones((1, 2)), np.array([0])))
     with unchanged(opt, other, var), pytest.raises(RuntimeError, match="bounded"):
-        opt.apply_gradients([(np.ones(2), other), (slices, var)])
+        opt.apply_gradients([(put(np.ones(2)), other), (slices, var)])
 
 
 @pytest.mark.parametrize(
@@ -99,13 +100,15 @@ def test_sparse_gradient_is_refused_before_any_change():
     ],
     ids=["raises", "shorter", "another rank", "scalar"],
 )
-def test_failing_constraint_leaves_the_step_standing(constraint: Any, error: type[Exception], message: str):
-    opt, expected_opt = sign_sgd(momentum=0.5), sign_sgd(momentum=0.5)
-    other, var = Variable(np.ones(2)), Variable(np.ones(2), name="bounded", constraint=constraint)
-    expected_other, expected = Variable(np.ones(2)), Variable(np.ones(2))
+def test_failing_constraint_leaves_the_step_standing(
+    constraint: Any, error: type[Exception], message: str, library: Engine
+):
+    opt, expected_opt, put = sign_sgd(momentum=0.5), sign_sgd(momentum=0.5), library.put
+    other, var = library.variable(np.ones(2)), library.variable(np.ones(2), "bounded", constraint=constraint)
+    expected_other, expected = (library.variable(np.ones(2)) for _ in range(2))
     with pytest.raises(error, match=message):
-        opt.apply_gradients([(np.ones(2), var), (-np.ones(2), other)])
-    expected_opt.apply_gradients([(np.ones(2), expected), (-np.ones(2), expected_other)])
+        opt.apply_gradients([(put(np.ones(2)), var), (put(-np.ones(2)), other)])
+    expected_opt.apply_gradients([(put(np.ones(2)), expected), (put(-np.ones(2)), expected_other)])
     assert_same_bits(var, expected)
     assert_same_bits(other, expected_other)
     assert opt.iterations.numpy() == 1

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gpurms import IndexedSlices, RMSprop, Variable
+from gpurms import IndexedSlices, RMSprop
+from tests.engines import Engine
 from tests.support import BFLOAT16, unchanged
 
 F16, F32, F64 = np.float16, np.float32, np.float64
@@ -22,25 +23,42 @@ def slices(values: Any, indices: Any, dtype: Any = F32, index_dtype: Any = np.in
     return IndexedSlices(np.array(values, dtype), np.array(indices, index_dtype))
 
 
-def scene(stepped: bool, **kwargs: Any) -> tuple[RMSprop, SimpleNamespace]:
+HOST = Engine("numpy", np)
+
+
+def scene(stepped: bool, engine: Engine = HOST, **kwargs: Any) -> tuple[RMSprop, SimpleNamespace]:
     """An optimizer with every kind of slot, and variables of which `new*` were never in a call."""
     opt = RMSprop(0.1, **{"momentum": 0.5, "centered": True, **kwargs})
     v = SimpleNamespace(
-        vec=Variable(np.array([1, 2, 3], F32), name="vec"),
-        table=Variable(np.arange(8, dtype=F32).reshape(4, 2), name="table"),
-        scalar=Variable(np.array(5, F32), name="scalar"),
-        half=Variable(np.array([1, 2, 3], F16), name="half"),
-        brain=Variable(np.array([1, 2, 3], BFLOAT16), name="brain"),
-        double=Variable(np.array([1, 2, 3], F64), name="double"),
-        bounded=Variable(np.ones((4, 2), F32), name="bounded", constraint=np.abs),
-        new=Variable(np.array([1, 2, 3], F32), name="new"),
-        new_table=Variable(np.ones((4, 2), F32), name="new_table"),
+        vec=engine.variable(np.array([1, 2, 3], F32), "vec"),
+        table=engine.variable(np.arange(8, dtype=F32).reshape(4, 2), "table"),
+        scalar=engine.variable(np.array(5, F32), "scalar"),
+        half=engine.variable(np.array([1, 2, 3], F16), "half"),
+        brain=engine.variable(np.array([1, 2, 3], BFLOAT16), "brain"),
+        double=engine.variable(np.array([1, 2, 3], F64), "double"),
+        bounded=engine.variable(np.ones((4, 2), F32), "bounded", constraint=np.abs),
+        new=engine.variable(np.array([1, 2, 3], F32), "new"),
+        new_table=engine.variable(np.ones((4, 2), F32), "new_table"),
     )
     if stepped:
         seen = [v.vec, v.table, v.scalar, v.half, v.brain, v.double, v.bounded]
         for scale in (1, -3):
-            opt.apply_gradients([(np.full(x.shape, scale, x.dtype), x) for x in seen])
+            opt.apply_gradients([(engine.put(np.full(x.shape, scale, x.dtype)), x) for x in seen])
     return opt, v
+
+
+def placed(engine: Engine, pair: Any) -> Any:
+    """A pair whose gradient, if it is of arrays, is where the engine's are."""
+
+    def put(x: Any) -> Any:
+        return engine.put(x) if isinstance(x, np.ndarray | np.generic) else x
+
+    if type(pair) is not tuple or len(pair) != 2:
+        return pair
+    grad, variable = pair
+    if isinstance(grad, IndexedSlices):
+        return IndexedSlices(put(grad.values), put(grad.indices)), variable
+    return put(grad), variable
 
 
 Row = tuple[str, Callable[[SimpleNamespace], Any], type[Exception] | tuple[type[Exception], ...], str]
@@ -66,13 +84,10 @@ GRADIENTS: list[Row] = [  # what the pair's gradient is; the pair comes after go
     ("float16 for float64", lambda v: (np.ones(3, F16), v.double), TypeError, "float16"),
     ("bfloat16 for float16", lambda v: (np.ones(3, BFLOAT16), v.half), TypeError, "bfloat16"),
     ("float16 for bfloat16", lambda v: (np.ones(3, F16), v.brain), TypeError, "float16"),
-    ("longdouble", lambda v: (np.ones(3, np.longdouble), v.half), TypeError, "half"),
-    ("float8", lambda v: (np.ones(3, ml_dtypes.float8_e5m2), v.half), TypeError, "float8"),
     ("int64", lambda v: (np.ones(3, np.int64), v.vec), TypeError, "int64"),
     ("int32 for float16", lambda v: (np.ones(3, np.int32), v.half), TypeError, "int32"),
     ("bool", lambda v: (np.ones(3, bool), v.vec), TypeError, "bool"),
     ("complex", lambda v: (np.ones(3, np.complex64), v.vec), TypeError, "complex64"),
-    ("object", lambda v: (np.ones(3, object), v.vec), TypeError, "object"),
     ("float64 scalar for 0-d float32", lambda v: (F64(1), v.scalar), TypeError, "float64"),
     ("Variable of another dtype", lambda v: (v.double, v.vec), TypeError, "float64"),
     ("too short", lambda v: (np.ones(2, F32), v.vec), ValueError, r"(?s)vec.*\(2,\)|\(2,\).*vec"),
@@ -122,6 +137,12 @@ GRADIENTS: list[Row] = [  # what the pair's gradient is; the pair comes after go
     ("gradient as a variable", lambda v: (v.vec, slices(np.ones(3), [0, 1, 2])), TypeError, "IndexedSlices"),
 ]
 
+OF_NUMPY: list[Row] = [  # types that CuPy does not have
+    ("longdouble", lambda v: (np.ones(3, np.longdouble), v.half), TypeError, "half"),
+    ("float8", lambda v: (np.ones(3, ml_dtypes.float8_e5m2), v.half), TypeError, "float8"),
+    ("object", lambda v: (np.ones(3, object), v.vec), TypeError, "object"),
+]
+
 ELEMENTS: list[Row] = [  # an element of the iterable that is no pair
     ("not a pair", lambda v: v.vec, TypeError, "pair"),
     ("None", lambda v: None, TypeError, "pair"),
@@ -142,14 +163,15 @@ KINDS: dict[str, dict[str, Any]] = {
 REPEATED = [row for row in GRADIENTS if row[2] is IndexError or row[0].endswith("for float32")]
 
 
-def good_pairs(v: SimpleNamespace) -> list[tuple[Any, Any]]:
-    return [
+def good_pairs(v: SimpleNamespace, engine: Engine = HOST) -> list[tuple[Any, Any]]:
+    pairs = [
         (np.ones(3, F32), v.new),
         (np.ones(3, F32), v.vec),
         (slices(np.ones((2, 2)), [3, 3]), v.table),
         (None, v.double),
         (np.ones(3, F32), v.half),
     ]
+    return [placed(engine, pair) for pair in pairs]
 
 
 def ids(rows: list[Row]) -> list[str]:
@@ -159,20 +181,30 @@ def ids(rows: list[Row]) -> list[str]:
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")  # of the None among the good pairs
 @pytest.mark.parametrize("stepped", [False, True], ids=["first", "third"])
 @pytest.mark.parametrize("row", GRADIENTS + ELEMENTS, ids=ids(GRADIENTS + ELEMENTS))
-def test_refused_element_changes_nothing(row: Row, stepped: bool):
+def test_refused_element_changes_nothing(row: Row, stepped: bool, library: Engine):
+    _, make, error, message = row
+    opt, v = scene(stepped, library)
+    last = placed(library, (np.ones((4, 2), F32), v.new_table))
+    with unchanged(opt, *vars(v).values()), pytest.raises(error, match=message):
+        opt.apply_gradients([*good_pairs(v, library), placed(library, make(v)), last])
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["first", "third"])
+@pytest.mark.parametrize("row", OF_NUMPY, ids=ids(OF_NUMPY))
+def test_refused_type_changes_nothing(row: Row, stepped: bool):
     _, make, error, message = row
     opt, v = scene(stepped)
     with unchanged(opt, *vars(v).values()), pytest.raises(error, match=message):
-        opt.apply_gradients([*good_pairs(v), make(v), (np.ones((4, 2), F32), v.new_table)])
+        opt.apply_gradients([good_pairs(v)[0], make(v)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("row", REPEATED, ids=ids(REPEATED))
-def test_refused_element_changes_nothing_with_options(row: Row, kind: str):
+def test_refused_element_changes_nothing_with_options(row: Row, kind: str, library: Engine):
     _, make, error, message = row
-    opt, v = scene(stepped=True, **KINDS[kind])
+    opt, v = scene(True, library, **KINDS[kind])
     with unchanged(opt, *vars(v).values()), pytest.raises(error, match=message):
-        opt.apply_gradients([good_pairs(v)[0], make(v)])
+        opt.apply_gradients([good_pairs(v, library)[0], placed(library, make(v))])
 
 
 NOT_ITERABLE = {"None": None, "int": 3, "float": 1.0, "type": RMSprop, "function": list}
@@ -186,12 +218,12 @@ def test_not_an_iterable(name: str):
 
 
 @pytest.mark.parametrize("stepped", [False, True])
-def test_iterable_that_raises_midway(stepped: bool):
-    opt, v = scene(stepped)
+def test_iterable_that_raises_midway(stepped: bool, library: Engine):
+    opt, v = scene(stepped, library)
 
     def pairs() -> Iterator[Any]:
-        yield good_pairs(v)[0]
-        yield good_pairs(v)[1]
+        yield good_pairs(v, library)[0]
+        yield good_pairs(v, library)[1]
         raise OSError("data loader failed")
 
     with unchanged(opt, *vars(v).values()), pytest.raises(OSError, match="data loader failed"):
@@ -199,8 +231,8 @@ def test_iterable_that_raises_midway(stepped: bool):
 
 
 @pytest.mark.parametrize("stepped", [False, True])
-def test_all_gradients_none(stepped: bool):
-    opt, v = scene(stepped)
+def test_all_gradients_none(stepped: bool, library: Engine):
+    opt, v = scene(stepped, library)
     message = r"No gradients provided for any variable: \[.*vec.*new.*\]"
     with unchanged(opt, *vars(v).values()), pytest.raises(ValueError, match=message):
         opt.apply_gradients([(None, v.vec), (None, v.new)])
@@ -218,7 +250,7 @@ def test_warning_turned_into_an_error_changes_nothing():
         opt.apply_gradients([(np.ones(3, F32), v.vec), (None, v.new)])
 
 
-def test_read_only_slot_changes_nothing(engine: str):
+def test_read_only_slot_changes_nothing(cpu_engine: str):
     opt, v = scene(stepped=True)
     opt.get_slot(v.vec, "rms").value.flags.writeable = False
     with unchanged(opt, *vars(v).values()), pytest.raises((TypeError, ValueError)):
@@ -232,40 +264,47 @@ def numbers(error: BaseException) -> set[int]:
     return {int(x) for x in re.findall(r"-?\d+", str(error))}
 
 
-@pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
-@pytest.mark.parametrize(
+each_outside = pytest.mark.parametrize(
     ("indices", "offset", "index"),
     [([0, 1, 77, 2], 2, 77), ([-3, 0], 0, -3), ([3, 2, 1, 0, 4], 4, 4), ([0, 90, 80], 1, 90)],
     ids=str,
 )
-@pytest.mark.parametrize("check", [True, False], ids=["checked", "check_indices=False"])
+
+
+@pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
+@each_outside
 def test_index_error_names_index_offset_and_bound(
-    indices: list[int], offset: int, index: int, index_dtype: Any, check: bool, engine: str
+    indices: list[int], offset: int, index: int, index_dtype: Any, engine: Engine, **options: Any
 ):
-    opt, v = scene(stepped=False, momentum=0.0, centered=False, check_indices=check)
-    grad = slices(np.ones((len(indices), 2)), indices, F32, index_dtype)
+    opt, v = scene(False, engine, momentum=0.0, centered=False, **options)
+    grad = engine.put(slices(np.ones((len(indices), 2)), indices, F32, index_dtype))
     with unchanged(opt, v.table), pytest.raises(IndexError, match="table") as caught:
         opt.apply_gradients([(grad, v.table)])
     assert {index, offset, 4} <= numbers(caught.value)
 
 
-def test_index_into_an_empty_table():
-    opt, empty = RMSprop(0.1), Variable(np.ones((0, 2)), name="empty")
+@each_outside
+def test_the_cpu_checks_indices_in_any_case(indices: list[int], offset: int, index: int, cpu_engine: str):
+    test_index_error_names_index_offset_and_bound(indices, offset, index, np.int32, HOST, check_indices=False)
+
+
+def test_index_into_an_empty_table(library: Engine):
+    opt, empty = RMSprop(0.1), library.variable(np.ones((0, 2)), "empty")
     with unchanged(opt, empty), pytest.raises(IndexError, match="empty"):
-        opt.apply_gradients([(slices(np.ones((1, 2)), [0], F64), empty)])
+        opt.apply_gradients([(library.put(slices(np.ones((1, 2)), [0], F64)), empty)])
 
 
-def test_shape_error_names_variable_and_both_shapes():
-    opt, v = scene(stepped=False)
+def test_shape_error_names_variable_and_both_shapes(library: Engine):
+    opt, v = scene(False, library)
     with pytest.raises(ValueError, match="table") as caught:
-        opt.apply_gradients([(np.ones((4, 3), F32), v.table)])
+        opt.apply_gradients([(library.put(np.ones((4, 3), F32)), v.table)])
     assert "(4, 3)" in str(caught.value)
     assert "(4, 2)" in str(caught.value)
 
 
-def test_dtype_error_names_both_dtypes():
-    opt, v = scene(stepped=False)
+def test_dtype_error_names_both_dtypes(library: Engine):
+    opt, v = scene(False, library)
     with pytest.raises(TypeError, match="double") as caught:
-        opt.apply_gradients([(np.ones(3, F32), v.double)])
+        opt.apply_gradients([(library.put(np.ones(3, F32)), v.double)])
     assert "float32" in str(caught.value)
     assert "float64" in str(caught.value)

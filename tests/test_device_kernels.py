@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.device import ptx
-from tests.ptx_support import INDEX, kernel, launch
+from tests.ptx_support import INDEX, assert_bits, compute, kernel, launch
 
 
 def numbers(count: int, dtype: Any = np.float32) -> np.ndarray:
@@ -349,3 +349,11 @@ def test_chosen_blocks_of_a_launch_past_2_31_elements(index: str, races: bool) -
         tail = HUGE - (last - 2) * 256
         assert y[-tail - 2 :].tolist() == [0, 0] + [1] * tail
         assert y[:258].tolist() == [1] * 256 + [0, 0]
+
+
+def test_float64_to_float32_toward_zero() -> None:
+    """The step of a kernel that rounds to bfloat16 only once."""
+    a = np.array([1 + 2.0**-24 + 2.0**-40, 1 - 2.0**-40, -1 - 2.0**-23, -2 + 2.0**-40, 1e300, -np.inf, -1e-300])
+    largest, below_two = np.finfo(np.float32).max, 2 - 2.0**-23
+    want = [1.0, 1 - 2.0**-24, -1 - 2.0**-23, -below_two, largest, -np.inf, -0.0]
+    assert_bits(compute("cvt.rz.f32.f64 y, x0;", "f4", a), np.array(want, np.float32))

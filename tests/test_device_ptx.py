@@ -383,7 +383,7 @@ def test_packed_halves(kind: str, one: int, two: int) -> None:
         "add.rz.f32 y, x0, x0;",
         "mul.rn.sat.f32 y, x0, x0;",
         "add.cc.u32 y, x0, x0;",
-        "cvt.rz.f32.f64 y, x0;",
+        "cvt.rm.f32.f64 y, x0;",
         "call f;",
         "ld.global.mystery.f32 y, [%at2];",
         "mov.u32 y, %clock;",

@@ -53,11 +53,11 @@ def make_optimizer(meta):
     return gpurms.RMSprop(**options[meta["family"]](meta["hyper"]), **extra)
 
 
-def make_variables(meta, arrays):
+def make_variables(meta, arrays, engine):
     limits = meta.get("constraint")
     constraint = limits and (lambda x: np.clip(x, limits["min"], limits["max"]).astype(x.dtype))
     return [
-        gpurms.Variable(arrays[f"init__var_{i}"].copy(), name=f"var_{i}", constraint=constraint)
+        engine.variable(arrays[f"init__var_{i}"].copy(), f"var_{i}", constraint=constraint)
         for i in range(meta["n_vars"])
     ]
 
@@ -141,7 +141,7 @@ def learning_rate(opt, t):
 @pytest.mark.parametrize("name", FILES)
 def test_trajectory(name, engine):
     meta, arrays = read(name)
-    opt, variables = make_optimizer(meta), make_variables(meta, arrays)
+    opt, variables = make_optimizer(meta), make_variables(meta, arrays, engine)
     add_starting_slots(opt, variables, arrays)
     recorded = [key for key in arrays if key.split("_")[0] in ("var", *SLOTS, "trace")]
     scale = {key: abs(arrays[key].astype(np.float64)).max(0, initial=0) for key in recorded}
@@ -152,6 +152,7 @@ def test_trajectory(name, engine):
         apply_events(opt, meta, t)
         before = int(opt.iterations.numpy())
         grads = [gradient(arrays, i, t) for i in range(len(variables))]
+        grads = [None if grad is None else engine.put(grad) for grad in grads]
         seen = [was or grad is not None for was, grad in zip(seen, grads)]
         after = step(opt, meta, grads, variables)
 

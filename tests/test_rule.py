@@ -6,20 +6,21 @@ operations relative to the largest number of the array. (Within the few steps ma
 least a tenth of `rms`, so centering adds no cancellation to that.)
 """
 
+from functools import cache
+
 import numpy as np
 import pytest
 
 import gpurms
-from gpurms.kernels import cpu
-from tests import cases, oracle
+from tests import cases, engines, oracle
 from tests.cases import LEARNING_RATES, RULES, SHAPES, TABLES, gradients_for, normal
 from tests.support import DTYPES, host
 
 ROUNDINGS = 64
-ENGINES = ("numpy", "numba")
 SIXTEEN_BITS = DTYPES[:2]
 each_rule = pytest.mark.parametrize("rule", RULES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
+each_other_engine = pytest.mark.parametrize("engine", ["numba", *engines.DEVICE], indirect=True)
 
 
 def compute_type(dtype):
@@ -53,11 +54,12 @@ def assert_near(got, want, scale, number, where):
 
 
 class Checked:
-    """An optimizer and its variables, of one dtype; every step is compared with the oracle."""
+    """An optimizer and its variables, of one dtype, by name; every step is compared with the oracle."""
 
-    def __init__(self, options, variables, slot_dtype=None):
+    def __init__(self, engine, options, arrays, slot_dtype=None):
+        self.engine = engine
         self.options = options
-        self.variables = variables
+        self.variables = [engine.variable(x, str(name)) for name, x in arrays.items()]
         self.slot_dtype = slot_dtype
         self.opt = gpurms.RMSprop(**options, slot_dtype=slot_dtype)
 
@@ -77,9 +79,9 @@ class Checked:
     def step(self, learning_rate, grads):
         self.opt.learning_rate = learning_rate
         old = [self.state(variable) for variable in self.variables]
-        values = [getattr(grad, "values", grad) for grad in grads]
-        kept = [np.array(x) for x in values]
-        self.opt.apply_gradients(zip(grads, self.variables))
+        kept = [np.array(getattr(grad, "values", grad)) for grad in grads]
+        given = [self.engine.put(grad) for grad in grads]
+        self.opt.apply_gradients(zip(given, self.variables))
 
         options = {**self.options, "learning_rate": learning_rate}
         factors = oracle.clip_factors(oracle.scalars(float, **options), kept)
@@ -90,8 +92,8 @@ class Checked:
                 s = oracle.scalars(number, **options)
                 rounded = None if factor is None else number(factor)
                 compare(s, grad, rounded, before, after, variable.name)
-        for now, before in zip(values, kept):
-            assert_bits(np.asarray(now), before, "a gradient that was passed in")
+        for now, before in zip(given, kept):
+            assert_bits(host(getattr(now, "values", now)), before, "a gradient that was passed in")
 
 
 def compare_dense(s, grad, factor, before, after, where):
@@ -127,6 +129,15 @@ def compare(s, compute, got, want, old, where):
         assert_bits(got, oracle.stored(want, got.dtype), where)
 
 
+def large(engine):
+    return cases.LARGE_EMULATED if engine.is_emulated else cases.LARGE
+
+
+def n_steps(engine):
+    """Two have both types of ids, and slots to start from."""
+    return 2 if engine.is_emulated else len(LEARNING_RATES)
+
+
 def ids_and_values(rng, rule, name, dtype, step):
     """A sparse gradient for a table, of positive numbers: sums that cancel would void the float64 bound."""
     shape, ids = TABLES[name]
@@ -138,7 +149,7 @@ def ids_and_values(rng, rule, name, dtype, step):
 @each_dtype
 def test_dense(rule, dtype, engine):
     rng = np.random.default_rng(1)
-    checked = Checked(RULES[rule], [gpurms.Variable(normal(rng, x, dtype), name=str(x)) for x in SHAPES])
+    checked = Checked(engine, RULES[rule], {shape: normal(rng, shape, dtype) for shape in SHAPES})
     for learning_rate in LEARNING_RATES:
         checked.step(learning_rate, [gradients_for(RULES[rule])(rng, x, dtype) for x in SHAPES])
 
@@ -147,9 +158,9 @@ def test_dense(rule, dtype, engine):
 @each_dtype
 def test_sparse(rule, dtype, engine):
     rng = np.random.default_rng(2)
-    tables = [gpurms.Variable(abs(normal(rng, shape, dtype)), name=name) for name, (shape, _) in TABLES.items()]
-    checked = Checked(RULES[rule], tables)
-    for step, learning_rate in enumerate(LEARNING_RATES):
+    tables = {name: abs(normal(rng, shape, dtype)) for name, (shape, _) in TABLES.items()}
+    checked = Checked(engine, RULES[rule], tables)
+    for step, learning_rate in enumerate(LEARNING_RATES[: n_steps(engine)]):
         checked.step(learning_rate, [ids_and_values(rng, rule, name, dtype, step) for name in TABLES])
 
 
@@ -158,7 +169,7 @@ def test_sparse(rule, dtype, engine):
 def test_hottest_row(rule, dtype, engine):
     rng, (shape, ids) = np.random.default_rng(3), cases.HOTTEST
     values = abs(gradients_for(RULES[rule])(rng, (len(ids), *shape[1:]), dtype)) / dtype.type(64)
-    checked = Checked(RULES[rule], [gpurms.Variable(abs(normal(rng, shape, dtype)))])
+    checked = Checked(engine, RULES[rule], {"table": abs(normal(rng, shape, dtype))})
     checked.step(0.1, [gpurms.IndexedSlices(values, rng.permutation(ids))])
 
 
@@ -166,8 +177,8 @@ def test_hottest_row(rule, dtype, engine):
 @pytest.mark.parametrize("slot_dtype", DTYPES, ids=lambda dtype: dtype.name)
 def test_slot_dtype(dtype, slot_dtype, engine):
     rng, options = np.random.default_rng(4), RULES["everything"]
-    tables = [gpurms.Variable(abs(normal(rng, (50, 3), dtype)), name=name) for name in ("dense", "sparse")]
-    checked = Checked(options, tables, slot_dtype)
+    tables = {name: abs(normal(rng, (50, 3), dtype)) for name in ("dense", "sparse")}
+    checked = Checked(engine, options, tables, slot_dtype)
     for learning_rate in LEARNING_RATES:
         values, ids = abs(gradients_for(options)(rng, (60, 3), dtype)), rng.integers(0, 40, 60)
         checked.step(learning_rate, [values[:50], gpurms.IndexedSlices(values, ids)])
@@ -177,8 +188,8 @@ def test_slot_dtype(dtype, slot_dtype, engine):
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=lambda dtype: dtype.name)
 def test_wider_gradients(dtype, wide, engine):
     rng = np.random.default_rng(5)
-    tables = [gpurms.Variable(abs(normal(rng, (50, 3), dtype)), name=name) for name in ("dense", "sparse")]
-    checked = Checked(RULES["centered-momentum"], tables)
+    tables = {name: abs(normal(rng, (50, 3), dtype)) for name in ("dense", "sparse")}
+    checked = Checked(engine, RULES["centered-momentum"], tables)
     for learning_rate in LEARNING_RATES:
         values, ids = abs(normal(rng, (60, 3), wide)), rng.integers(0, 40, 60)
         checked.step(learning_rate, [values[:50], gpurms.IndexedSlices(values, ids)])
@@ -186,9 +197,10 @@ def test_wider_gradients(dtype, wide, engine):
 
 def test_the_variance_is_never_negative(engine):
     # Without the clamp rms - mg*mg becomes -4.8e-7 at step 253, and the root NaN.
-    checked = Checked({"centered": True, "learning_rate": 0.1}, [gpurms.Variable(np.ones(1, np.float32))])
+    checked = Checked(engine, {"centered": True, "learning_rate": 0.1}, {"one": np.ones(1, np.float32)})
+    three, one = (engine.put(np.full(1, g, np.float32)) for g in (3, 1))
     for step in range(300):
-        checked.opt.apply_gradients([(np.full(1, 3 if step < 100 else 1, np.float32), checked.variables[0])])
+        checked.opt.apply_gradients([(three if step < 100 else one, checked.variables[0])])
         rms, mg = (host(checked.opt.get_slot(checked.variables[0], slot)) for slot in ("rms", "mg"))
         assert np.isfinite(host(checked.variables[0])).all(), step
         if (rms - mg * mg < 0).any():
@@ -197,21 +209,20 @@ def test_the_variance_is_never_negative(engine):
     raise AssertionError("the state never had a negative variance: the test shows nothing")
 
 
-def run_layouts(rule, dtype, engine):
-    """State after three steps of the same numbers in every layout, by name and layout, and of a large array."""
+def run_layouts(rule, dtype, steps, size, engine):
+    """State after steps of the same numbers in every layout, by name and layout, and of a large array."""
     rng, make = np.random.default_rng(6), gradients_for(RULES[rule])
-    start, large = normal(rng, (30, 5, 4), dtype), gpurms.Variable(normal(rng, cases.LARGE, dtype))
-    tables = {(kind, layout): gpurms.Variable(f(start)) for kind in ("dense", "rows") for layout, f in LAYOUTS}
-    with cpu.use_engine(engine):
-        opt = gpurms.RMSprop(**RULES[rule])
-        for step in range(3):
-            grad, values, ids = make(rng, (30, 5, 4), dtype), make(rng, (90, 5, 4), dtype), rng.integers(0, 25, 90)
-            pairs = [(make(rng, cases.LARGE, dtype), large)]
-            for (kind, layout), variable in tables.items():
-                f = dict(LAYOUTS)["C" if step == 1 else layout]
-                sparse = gpurms.IndexedSlices(f(values), cases.strided(ids))
-                pairs.append((f(grad) if kind == "dense" else sparse, variable))
-            opt.apply_gradients(pairs)
+    start, large = normal(rng, (30, 5, 4), dtype), engine.variable(normal(rng, size, dtype))
+    tables = {(kind, layout): engine.variable(f(start)) for kind in ("dense", "rows") for layout, f in LAYOUTS}
+    opt = gpurms.RMSprop(**RULES[rule])
+    for step in range(steps):
+        grad, values, ids = make(rng, (30, 5, 4), dtype), make(rng, (90, 5, 4), dtype), rng.integers(0, 25, 90)
+        pairs = [(make(rng, size, dtype), large)]
+        for (kind, layout), variable in tables.items():
+            f = dict(LAYOUTS)["C" if step == 1 else layout]
+            sparse = gpurms.IndexedSlices(f(values), cases.strided(ids))
+            pairs.append((f(grad) if kind == "dense" else sparse, variable))
+        opt.apply_gradients([(engine.put(grad), variable) for grad, variable in pairs])
     slots = opt.get_slot_names()
     states = {name: [host(x), *(host(opt.get_slot(x, slot)) for slot in slots)] for name, x in tables.items()}
     return {**states, ("large", "C"): [host(large), *(host(opt.get_slot(large, slot)) for slot in slots)]}
@@ -220,21 +231,30 @@ def run_layouts(rule, dtype, engine):
 LAYOUTS = tuple(cases.LAYOUTS.items())
 
 
+@cache
+def by_numpy(run, *case):
+    """What the other engines must find, to the bit."""
+    with engines.running("numpy") as engine:
+        return run(*case, engine)
+
+
 @each_rule
 @each_dtype
-def test_layouts_and_engines_have_the_same_bits(rule, dtype):
-    by_numpy, by_numba = (run_layouts(rule, dtype, engine) for engine in ENGINES)
-    for (kind, layout), arrays in by_numba.items():
-        for got, other, plain in zip(arrays, by_numpy[kind, layout], by_numpy[kind, "C"], strict=True):
-            assert_bits(got, other, f"{kind} {layout}, numba and numpy")
+@each_other_engine
+def test_layouts_and_engines_have_the_same_bits(rule, dtype, engine):
+    case = rule, dtype, n_steps(engine), large(engine)
+    want = by_numpy(run_layouts, *case)
+    for (kind, layout), arrays in run_layouts(*case, engine).items():
+        for got, other, plain in zip(arrays, want[kind, layout], want[kind, "C"], strict=True):
+            assert_bits(got, other, f"{kind} {layout}, {engine.name} and numpy")
             assert_bits(got, plain, f"{kind} {layout} and C order")
 
 
 def test_large(engine):
     rng = np.random.default_rng(7)
     for dtype in DTYPES:
-        checked = Checked(RULES["everything"], [gpurms.Variable(normal(rng, cases.LARGE, dtype), name=dtype.name)])
-        checked.step(0.1, [cases.eighths(rng, cases.LARGE, dtype)])
+        checked = Checked(engine, RULES["everything"], {dtype.name: normal(rng, large(engine), dtype)})
+        checked.step(0.1, [cases.eighths(rng, large(engine), dtype)])
 
 
 ODD = [np.nan, np.inf, -np.inf, 0.0, -0.0, 6e4, -6e4, 6e-8, 1.0]
@@ -244,26 +264,27 @@ def run_odd(rule, dtype, engine):
     """States of variables that start alike: plain gradients, some odd ones, and the odd ones as rows."""
     rng = np.random.default_rng(8)
     start, grads = normal(rng, (40,), dtype), normal(rng, (2, 40), dtype)
-    plain, dense, rows = (gpurms.Variable(start.copy()) for _ in range(3))
-    with cpu.use_engine(engine):
-        opt = gpurms.RMSprop(**RULES[rule])
-        for grad in grads:
-            odd = grad.copy()
-            odd[: len(ODD)] = ODD
-            slices = gpurms.IndexedSlices(odd, np.arange(40))
-            opt.apply_gradients([(grad, plain), (odd, dense), (slices, rows)])
+    plain, dense, rows = (engine.variable(start.copy()) for _ in range(3))
+    opt = gpurms.RMSprop(**RULES[rule])
+    for grad in grads:
+        odd = grad.copy()
+        odd[: len(ODD)] = ODD
+        slices = gpurms.IndexedSlices(odd, np.arange(40))
+        given = [engine.put(each) for each in (grad, odd, slices)]
+        opt.apply_gradients(zip(given, (plain, dense, rows)))
     slots = opt.get_slot_names()
     return [[host(x), *(host(opt.get_slot(x, slot)) for slot in slots)] for x in (plain, dense, rows)]
 
 
 @each_rule
 @each_dtype
-def test_odd_numbers_touch_only_their_own_elements(rule, dtype):
-    by_engine = [run_odd(rule, dtype, engine) for engine in ENGINES]
-    for arrays, others in zip(*by_engine):
+@each_other_engine
+def test_odd_numbers_touch_only_their_own_elements(rule, dtype, engine):
+    found = run_odd(rule, dtype, engine)
+    for arrays, others in zip(found, by_numpy(run_odd, rule, dtype)):
         for got, other in zip(arrays, others):
-            assert_bits(got, other, "numba and numpy")
-    for plain, dense, rows in zip(*by_engine[0]):
+            assert_bits(got, other, f"{engine.name} and numpy")
+    for plain, dense, rows in zip(*found):
         assert_bits(rows, dense, "sparse and dense")
         if "global_clipnorm" in RULES[rule]:
             assert np.isnan([plain, dense]).all(), "a norm of NaN is the call's"
@@ -274,23 +295,23 @@ def test_odd_numbers_touch_only_their_own_elements(rule, dtype):
             assert_bits(dense[len(ODD) :], plain[len(ODD) :], "elements with plain gradients")
 
 
-def mixed():
+def mixed(engine):
     """Variables of all types and kinds with a gradient each."""
     rng = np.random.default_rng(9)
     pairs = []
     for dtype in DTYPES:
         for shape in SHAPES:
-            pairs.append((normal(rng, shape, dtype), gpurms.Variable(normal(rng, shape, dtype))))
+            pairs.append((normal(rng, shape, dtype), normal(rng, shape, dtype)))
         for name in ("1-d", "3-d", "hot", "no ids"):
             shape = TABLES[name][0]
-            pairs.append((ids_and_values(rng, "default", name, dtype, 1), gpurms.Variable(normal(rng, shape, dtype))))
-    pairs.append((np.float32(3.0), gpurms.Variable(np.float32(2.0))))
-    return pairs
+            pairs.append((ids_and_values(rng, "default", name, dtype, 1), normal(rng, shape, dtype)))
+    pairs.append((np.float32(3.0), np.array(2.0, np.float32)))
+    return [(engine.put(grad), engine.variable(x)) for grad, x in pairs]
 
 
 @pytest.mark.parametrize("rule", ["momentum", "everything"])
 def test_a_call_with_many_variables_is_as_many_calls(rule, engine):
-    together, alone = mixed(), mixed()
+    together, alone = mixed(engine), mixed(engine)
     opt = gpurms.RMSprop(**RULES[rule])
     singles = [gpurms.RMSprop(**RULES[rule]) for _ in alone]
     for _ in range(3):
@@ -309,8 +330,8 @@ def test_a_variable_twice_in_a_call_is_updated_twice(dtype, engine):
     rng = np.random.default_rng(10)
     start = normal(rng, (9, 4, 16), dtype)
     grads = [normal(rng, start.shape, dtype), ids_and_values(rng, "default", "3-d", dtype, 0)]
-    grads = [grads[0], grads[1], grads[1], grads[0], grads[0]]
-    once, twice, other = (gpurms.Variable(start.copy()) for _ in range(3))
+    grads = [engine.put(grads[i]) for i in (0, 1, 1, 0, 0)]
+    once, twice, other = (engine.variable(start.copy()) for _ in range(3))
     one, many = gpurms.RMSprop(**RULES["everything"]), gpurms.RMSprop(**RULES["everything"])
     assert many.apply_gradients([(grads[0], other), *((grad, twice) for grad in grads)]) == 1
     for grad in grads:

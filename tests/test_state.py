@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gpurms import RMSprop, Variable
+from tests.engines import Engine
 from tests.support import DTYPES, assert_same_bits, full_rmsprop, sign_sgd, step, unchanged
 
 F32 = np.float32
@@ -31,14 +32,14 @@ def test_iterations_appears_at_the_first_access():
     assert opt.iterations is counter
 
 
-def test_iterations_appears_at_the_first_step():
+def test_iterations_appears_at_the_first_step(library: Engine):
     opt = RMSprop()
     step(opt, Variable(1.0))
     assert opt.weights[0] is opt.iterations
     assert opt.iterations.numpy() == 1
 
 
-def test_every_call_counts_once():
+def test_every_call_counts_once(library: Engine):
     opt, a, b = RMSprop(0.1), Variable(1.0), Variable(2.0)
     step(opt, a, b, a)
     opt.minimize(lambda: a.value**2, [a])
@@ -85,8 +86,8 @@ def test_read_only_counter_is_refused_before_any_change():
     assert opt.get_slot_names() == []
 
 
-def test_iterations_assign_always_works():
-    opt, var = sign_sgd(decay=1.0), Variable(np.array([0.0]))
+def test_iterations_assign_always_works(library: Engine):
+    opt, var = sign_sgd(decay=1.0), library.variable(np.array([0.0]))
     opt.iterations.assign(3)
     step(opt, var)
     assert var.numpy() == [-0.125]
@@ -99,7 +100,7 @@ def test_iterations_assign_always_works():
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def test_weights_is_one_live_list():
+def test_weights_is_one_live_list(library: Engine):
     opt, var = full_rmsprop(), Variable(1.0)
     weights = opt.weights
     assert weights is opt.variables()
@@ -109,9 +110,9 @@ def test_weights_is_one_live_list():
     assert len(weights) == 4
 
 
-def test_order_of_weights():
+def test_order_of_weights(library: Engine):
     opt = full_rmsprop()
-    a, b, c, d = (Variable(np.ones(n)) for n in (1, 2, 3, 4))
+    a, b, c, d = (library.variable(np.ones(n)) for n in (1, 2, 3, 4))
     step(opt, b, a)
     step(opt, c, a, d)
     slots = [(v, name) for call in ((b, a), (c, d)) for name in ("rms", "momentum", "mg") for v in call]
@@ -141,7 +142,7 @@ def test_only_slots_in_use_exist(kwargs: dict[str, Any], names: list[str]):
     assert opt.weights == [opt.iterations, *(opt.get_slot(var, name) for name in names)]
 
 
-def test_slot_names_are_in_order_of_first_use():
+def test_slot_names_are_in_order_of_first_use(library: Engine):
     opt, var = RMSprop(centered=True), Variable(1.0)
     step(opt, var)
     opt.momentum = 0.5
@@ -154,12 +155,13 @@ def test_slot_names_are_in_order_of_first_use():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0, 2), (3,), (2, 1, 3)], ids=str)
-def test_slot_is_a_variable_of_equal_shape(shape: tuple[int, ...], dtype: np.dtype):
-    opt, var = full_rmsprop(), Variable(np.ones(shape, dtype))
+def test_slot_is_a_variable_of_equal_shape(shape: tuple[int, ...], dtype: np.dtype, library: Engine):
+    opt, var = full_rmsprop(), library.variable(np.ones(shape, dtype))
     step(opt, var)
     for name in ("rms", "momentum", "mg"):
         slot = opt.get_slot(var, name)
         assert isinstance(slot, Variable)
+        assert type(slot.value) is library.xp.ndarray
         assert slot.shape == shape
         assert slot.dtype == (F32 if dtype.itemsize == 2 else dtype)
         assert opt.get_slot(var, name) is slot
@@ -186,24 +188,34 @@ INITIALIZERS: dict[str, tuple[Any, Any]] = {
     "callable": (lambda shape, dtype: np.full(shape, 2.5, dtype), [2.5, 2.5, 2.5]),
     "list": ([1, 2, 3], [1, 2, 3]),
     "array": (np.array([1.0, 2.0, 3.0]), [1, 2, 3]),
-    "Variable": (Variable([4, 5, 6]), [4, 5, 6]),
+    "Variable": (Variable(np.array([4.0, 5.0, 6.0])), [4, 5, 6]),
 }
 
 
 @pytest.mark.parametrize("initializer", INITIALIZERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_add_slot(dtype: np.dtype, initializer: str):
+def test_add_slot(dtype: np.dtype, initializer: str, library: Engine):
     given, expected = INITIALIZERS[initializer]
-    opt, var = RMSprop(), Variable(np.ones(3, dtype))
+    opt, var = RMSprop(), library.variable(np.ones(3, dtype))
     slot = opt.add_slot(var, "rms", given)
     assert_same_bits(slot, np.array(expected, F32 if dtype.itemsize == 2 else dtype))
     assert opt.get_slot(var, "rms") is slot
     assert opt.get_slot_names() == ["rms"]
+    assert type(slot.value) is library.xp.ndarray
     assert slot.value is not given
 
 
-def test_add_slot_defaults_to_zeros():
-    slot = full_rmsprop().add_slot(Variable(np.ones(3)), "mg")
+def test_add_slot_from_where_the_variable_is(library: Engine):
+    given = library.put(np.array([1.0, 2.0, 3.0]))
+    for initializer in (given, Variable(given), lambda shape, dtype: given):
+        slot = RMSprop().add_slot(library.variable(np.ones(3, F32)), "rms", initializer)
+        assert_same_bits(slot, np.array([1, 2, 3], F32))
+    slot.assign([0, 0, 0])
+    assert_same_bits(given, np.array([1.0, 2.0, 3.0]))
+
+
+def test_add_slot_defaults_to_zeros(library: Engine):
+    slot = full_rmsprop().add_slot(library.variable(np.ones(3)), "mg")
     assert_same_bits(slot, np.zeros(3))
 
 
@@ -218,17 +230,17 @@ def test_initializer_gets_shape_and_dtype_of_the_slot():
     assert seen == [((2, 3), np.dtype(F32))]
 
 
-def test_added_slot_is_the_one_the_step_uses():
-    opt, var = RMSprop(1.0, rho=0.5, epsilon=0.0), Variable(np.array([0.0]))
+def test_added_slot_is_the_one_the_step_uses(library: Engine):
+    opt, var = RMSprop(1.0, rho=0.5, epsilon=0.0), library.variable(np.array([0.0]))
     slot = opt.add_slot(var, "rms", [7.0])
-    opt.apply_gradients([(np.array([1.0]), var)])
+    opt.apply_gradients([(library.put(np.array([1.0])), var)])
     assert slot.numpy() == [4.0]
     assert var.numpy() == [-0.5]
     assert opt.weights == [opt.iterations, slot]
 
 
-def test_add_slot_returns_an_existing_slot_as_it_is():
-    opt, var = full_rmsprop(), Variable(np.ones(3))
+def test_add_slot_returns_an_existing_slot_as_it_is(library: Engine):
+    opt, var = full_rmsprop(), library.variable(np.ones(3))
     step(opt, var)
     with unchanged(opt, var):
         assert opt.add_slot(var, "rms", "ones") is opt.get_slot(var, "rms")
@@ -243,8 +255,8 @@ def test_counter_is_first_also_after_add_slot():
 
 
 @pytest.mark.parametrize("initializer", [[1.0, 2.0], np.ones((3, 1)), 1.0, lambda shape, dtype: np.ones(4)])
-def test_add_slot_value_of_a_wrong_shape(initializer: Any):
-    opt, var = RMSprop(), Variable(np.ones(3))
+def test_add_slot_value_of_a_wrong_shape(initializer: Any, library: Engine):
+    opt, var = RMSprop(), library.variable(np.ones(3))
     with unchanged(opt, var), pytest.raises(ValueError, match=r"\(3,\)"):
         opt.add_slot(var, "rms", initializer)
 
@@ -269,10 +281,10 @@ def test_add_slot_with_an_unknown_initializer():
         ({"trainable": False, "synchronization": None, "aggregation": None}, np.zeros((2, 3), F32)),
     ],
 )
-def test_add_weight(kwargs: dict[str, Any], expected: np.ndarray):
+def test_add_weight(kwargs: dict[str, Any], expected: np.ndarray, library: Engine):
     opt = RMSprop()
     weight = opt.add_weight("ema", (2, 3), **kwargs)
-    assert isinstance(weight, Variable)
+    assert type(weight.value) is library.xp.ndarray
     assert weight.name == "ema"
     assert_same_bits(weight, expected)
     assert opt.weights == []

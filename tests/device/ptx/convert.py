@@ -63,7 +63,9 @@ def _float_to_integer(modifiers: frozenset[str], target: str, source: str) -> Fu
 
 def _float_to_float(modifiers: frozenset[str], target: str, source: str) -> Function | None:
     integral = [m for m in modifiers if m in _TO_INTEGRAL]
-    if modifiers - {"rn", "ftz", "sat", *integral} or len(integral) > 1:
+    truncating = "rz" in modifiers and (target, source) == ("f32", "f64")
+    roundings = ["rz"] if truncating else ["rn"]
+    if modifiers - {"ftz", "sat", *roundings, *integral} or len(integral) > 1:
         return None
     dtype = TYPES[target]
     flush_in = "ftz" in modifiers and source == "f32"
@@ -74,12 +76,18 @@ def _float_to_float(modifiers: frozenset[str], target: str, source: str) -> Func
             x = flush(x)
         if integral:
             x = _TO_INTEGRAL[integral[0]](x)
-        x = canonical(x.astype(dtype))
+        x = canonical(_toward_zero(x) if truncating else x.astype(dtype))
         if flush_out:
             x = flush(x)
         return np.where(x > 0, np.minimum(x, dtype.type(1)), dtype.type(0)) if "sat" in modifiers else x
 
     return function
+
+
+def _toward_zero(x: np.ndarray) -> np.ndarray:
+    """float64 to the float32 next to it on the side of zero."""
+    nearest = x.astype(np.float32)
+    return np.where(abs(nearest) > abs(x), np.nextafter(nearest, np.float32(0)), nearest)
 
 
 _FUNCTIONS = {

@@ -25,7 +25,7 @@ def detach(pairs: list[Pair], owners: set[int]) -> list[Pair]:
 
     ``owners`` are those of all memory that the call writes to.
     """
-    if not any(entry.backend.owner(grad) in owners for entry, grad, _ in pairs):
+    if not any((owner := entry.backend.owner(grad)) == 0 or owner in owners for entry, grad, _ in pairs):
         return pairs
     entries = [entry for entry, _, _ in pairs]
     written = sorted({span for entry in entries for span in _written(entry)})
@@ -58,7 +58,8 @@ def _reads_itself(entry: Entry, grad: Array, indices: Array | None, entries: Seq
 
 def rounds(entries: Sequence[Entry]) -> list[int]:
     """For each update of a call the round in which it may run: later than those before it on the same memory."""
-    if len({entry.owner for entry in entries}) == len(entries):
+    owners = {entry.owner for entry in entries}
+    if len(owners) == len(entries) and 0 not in owners:
         return [0] * len(entries)
     by_address = sorted(entry.bounds for entry in entries)
     if not any(_overlap(a, b) for a, b in pairwise(by_address)):

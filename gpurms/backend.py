@@ -139,8 +139,8 @@ class Backend(Protocol):
         """Prepare updates of distinct variables; the function returned applies them."""
         ...
 
-    def repeat(self, plan: Any) -> Callable[[Sequence[Array], Step], None] | None:
-        """A function that applies other gradients, of the same types and layouts, to the variables of a plan.
+    def repeat(self, plan: Any) -> Callable[[np.ndarray[Any, Any], Step], None] | None:
+        """A function that applies other gradients, of the same types and layouts, given by their addresses.
 
         It checks nothing but that no graph is captured. None if the library or this plan has no such short cut.
         """

@@ -21,12 +21,12 @@ class Capture:
         self.live: dict[Any, Any] = {}
         """The scalars of capturable steps in device memory, by (device, compute type)."""
         self._kept: list[Any] = []
-        self._settings: tuple[Any, ...] = ()
+        self._settings: set[tuple[Any, ...]] = set()
 
     def record(self, pairs: Sequence[Pair], apply: Callable[[], None], now: Step, clip: Clip | None) -> None:
         """Keep all that the graph uses, which is what ``apply`` refers to, for as long as the optimizer lives."""
         self._kept.append((pairs, apply))
-        self._settings = (now.flags, clip)
+        self._settings.add((now.flags, clip))
 
     def prepare(self, now: Step, clip: Clip | None) -> None:
         """Send the scalars of the next replay to where the captured step reads them.
@@ -36,31 +36,53 @@ class Capture:
         """
         if not self._kept:
             raise RuntimeError("no step has been captured: see `capturable`")
-        if self._settings != (now.flags, clip):
+        if (now.flags, clip) not in self._settings:
             raise RuntimeError(
-                "a captured step has its terms and norm limits fixed; only lr, rho, momentum, epsilon, weight_decay "
-                f"and clipvalue may change, and none of them from or to off: captured {self._settings}, now "
-                f"{(now.flags, clip)}"
+                "a captured step has its terms and norm limits fixed; only lr, rho, momentum, epsilon and weight_decay "
+                f"may change, and none of them from or to 0: captured {self._settings}, now {(now.flags, clip)}"
             )
         home = backend.require(next(iter(self.live.values())))
         home.send_scalars(self.live, now.scalars)
 
+    def recount(self, counter: Counter) -> None:
+        """Before a step outside of a capture: replays may have counted since the last."""
+        if self._kept:
+            counter.forget()
+
 
 def is_capturing(pairs: Sequence[Pair]) -> bool:
-    """Whether the step of these pairs is being recorded."""
+    """Whether the step of these pairs is being recorded.
+
+    Raises:
+        RuntimeError: a part of it is, and the rest would run now, and never again.
+    """
     places = {(entry.backend, entry.device) for entry, _, _ in pairs}
-    return any(home.is_capturing(device) for home, device in places)
-
-
-def check(counter: Counter | None, pairs: Sequence[Pair], makes_slots: bool) -> None:
-    """RuntimeError if a graph of this step could not be replayed."""
-    if counter is None or makes_slots:
-        raise RuntimeError("take one step with these variables before capturing one: it makes slots and the counter")
-    if not counter.on_device:
+    capturing = {place: place[0].is_capturing(place[1]) for place in places}
+    if any(capturing.values()) and not all(capturing.values()):
+        running = ["the host" if device is None else f"GPU {device}" for (_, device), on in capturing.items() if not on]
         raise RuntimeError(
-            "iterations is on the host, where a captured step cannot count: set capturable before the first step, or "
-            "iterations to a Variable on the GPU"
+            f"a step can only be captured whole, but {' and '.join(sorted(running))} would run its part at once"
         )
+    return any(capturing.values())
+
+
+FIRST_STEP = "take one step with these variables before capturing one: it makes slots and the counter"
+
+
+def check(counter: Counter | None, pairs: Sequence[Pair]) -> None:
+    """RuntimeError if a graph of this step could not be replayed."""
+    if counter is None:
+        raise RuntimeError(FIRST_STEP)
+    array = counter.variable._array
+    home = backend.require(array)
+    if not home.is_capturing(home.device(array)):
+        raise RuntimeError(
+            f"iterations is on {'GPU ' + str(home.device(array)) if counter.on_device else 'the host'}, where a "
+            "captured step would not count: set capturable before the first step, or iterations to a Variable beside "
+            "the variables"
+        )
+    if not counter.is_known:
+        raise RuntimeError("iterations has been assigned to: take a step, or call prepare_replay, before capturing one")
     for entry, _, _ in pairs:
         if isinstance(entry.variable, Variable) and entry.variable.constraint is not None:
             raise RuntimeError(

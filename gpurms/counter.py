@@ -27,11 +27,20 @@ class Counter:
         if not self._home.writeable([self.variable._array]):
             raise TypeError("iterations has been made read-only")
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it can be read without waiting."""
+        return not self.on_device or (self._known is not None and self.variable._version == self._version)
+
+    def forget(self) -> None:
+        """Read it again the next time: replays may have counted."""
+        self._known = None
+
     def read(self) -> np.int64:
         """The number of steps, replays counted by ``expect`` included."""
         if not self.on_device:
             return np.int64(self.variable._array)
-        if self._known is None or self.variable._version != self._version:
+        if self._known is None or not self.is_known:
             self._known = int(self.variable.numpy())
             self._version = self.variable._version
         return np.int64(self._known)
@@ -43,9 +52,12 @@ class Counter:
             self.expect()
 
     def expect(self) -> None:
-        """Know of a step that a replayed graph counts on the device."""
-        if self._known is not None:
+        """Know of a step that the device counts; other optimizers with the same variable see that it has changed."""
+        was_known = self._known is not None and self.is_known
+        self.variable._version += 1
+        if self._known is not None and was_known:
             self._known += 1
+            self._version = self.variable._version
 
     def __getstate__(self) -> Variable:
         return self.variable

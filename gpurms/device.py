@@ -46,7 +46,11 @@ class CuPy:
     def owner(self, array: Array) -> int:
         """The allocation; none for memory that CuPy did not allocate."""
         memory = array.data.mem
-        return 0 if isinstance(memory, cupy.cuda.UnownedMemory) else id(memory)
+        return id(memory) if self.is_owned(type(memory)) else 0
+
+    def is_owned(self, memory: type) -> bool:
+        """Whether memory of this type is CuPy's own, and not another library's."""
+        return not issubclass(memory, cupy.cuda.UnownedMemory)
 
     def writeable(self, arrays: Sequence[Array]) -> bool:
         """Always: CuPy has no read-only arrays."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gpurms import step
 from gpurms.aliasing import Pair
 from gpurms.kernels.rule import Step
@@ -15,13 +17,12 @@ from gpurms.variable import Variable
 if TYPE_CHECKING:
     from gpurms.rmsprop import RMSprop
 
-Launch = Callable[[Sequence[Any], Step], None]
-"""Apply gradients that look like those before: their arrays, and the numbers of the step."""
+Launch = Callable[[np.ndarray[Any, Any], Step], None]
+"""Apply gradients that look like those before: where they are, and the numbers of the step."""
 
 _look = attrgetter("dtype", "shape", "strides")
 _shape = attrgetter("shape")
-_memory = attrgetter("data.mem")
-_device = attrgetter("data.device_id")
+_data, _memory, _device, _pointer = map(attrgetter, ("data", "mem", "device_id", "ptr"))
 
 
 class Repeat:
@@ -40,6 +41,7 @@ class Repeat:
         self._kind = type(pairs[0][1])
         self._looks = [_look(grad) for _, grad, _ in pairs]
         self._device = pairs[0][0].device
+        self._home: Any = pairs[0][0].backend
         self._n_slots = len(optimizer._slots.weights)
         self.flags = now.flags
 
@@ -55,21 +57,24 @@ class Repeat:
         launch = home.repeat(planned.plans[0])
         return None if launch is None else (cls(optimizer, items, pairs, now), launch)
 
-    def fits(self, optimizer: RMSprop, items: Sequence[Any]) -> bool:
-        """Whether the call is like the one before."""
+    def pointers(self, optimizer: RMSprop, items: Sequence[Any]) -> np.ndarray[Any, Any] | None:
+        """Where the gradients are, if the call is like the one before; else None."""
         if len(items) != len(self._variables) or set(map(type, items)) != {tuple} or set(map(len, items)) != {2}:
-            return False
+            return None
         grads, variables = zip(*items)
-        owners = optimizer._slots.owners
-        return (
-            all(map(is_, variables, self._variables))
-            and set(map(type, grads)) == {self._kind}
-            and list(map(_look, grads)) == self._looks
+        if not all(map(is_, variables, self._variables)) or set(map(type, grads)) != {self._kind}:
+            return None
+        data = list(map(_data, grads))
+        memory = list(map(_memory, data))
+        fits = (
+            list(map(_look, grads)) == self._looks
             and list(map(_shape, self._arrays)) == self._shapes
-            and set(map(_device, grads)) == {self._device}
-            and owners.isdisjoint(map(id, map(_memory, grads)))
+            and set(map(_device, data)) == {self._device}
+            and optimizer._slots.owners.isdisjoint(map(id, memory))
             and not any(variable.constraint for variable in self._constrained)
             and len(optimizer._slots.weights) == self._n_slots
             and step.clip(optimizer) is None
             and not optimizer.capturable
+            and all(map(self._home.is_owned, set(map(type, memory))))
         )
+        return np.fromiter(map(_pointer, data), np.int64, len(data)) if fits else None

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpurms import capture, gradients, hyper, settings, step, tape
+from gpurms import backend, capture, gradients, hyper, settings, step, tape
 from gpurms.arguments import flag
 from gpurms.hyper import Hyperparameter, Setting
 from gpurms.kernels.rule import Step
@@ -165,7 +165,8 @@ class RMSprop(State):
             TypeError: a malformed pair, or an array of a wrong type or library.
             ValueError: a shape that differs; no gradient at all; a hyperparameter out of its range.
             IndexError: an index of a sparse gradient outside the rows of its variable.
-            RuntimeError: a sparse gradient for a variable with a constraint.
+            RuntimeError: a sparse gradient for a variable with a constraint; a capture of something that a replay
+                could not repeat.
 
         >>> import numpy as np
         >>> opt, table = RMSprop(0.1), np.zeros((4, 2))
@@ -185,18 +186,23 @@ class RMSprop(State):
         if self._counter is not None:
             self._counter.require_writeable()
         now = None
-        if self._repeat is not None and self._repeat[0].fits(self, items):
+        pointers = None if self._repeat is None else self._repeat[0].pointers(self, items)
+        if self._repeat is not None and pointers is not None:
             now = step.read(self, int(self._count()))
             if now.flags == self._repeat[0].flags:
-                return self._again(items, now)
+                return self._again(pointers, now)
         gradients.check_items(items)
         pairs = gradients.check_pairs(self._slots, items, self.check_indices)
-        now = now or step.read(self, int(self._count()))
-        new_slots = step.missing_slots(self, pairs, now.flags)
         captured = self.capturable and capture.is_capturing(pairs)
         if captured:
-            capture.check(self._counter, pairs, bool(new_slots))
-        counter = self._counter or self._new_counter()
+            capture.check(self._counter, pairs)
+        elif self._counter is not None:
+            self._capture.recount(self._counter)
+        now = now or step.read(self, int(self._count()))
+        new_slots = step.missing_slots(self, pairs, now.flags)
+        if captured and new_slots:
+            raise RuntimeError(capture.FIRST_STEP)
+        counter = self._counter or self._new_counter(pairs)
         apply = step.plan(self, pairs, now, new_slots)
 
         apply()
@@ -214,28 +220,29 @@ class RMSprop(State):
         self._repeat = Repeat.of(self, items, pairs, now, apply)
         return self._count()
 
-    def _again(self, items: list[tuple[Any, Any]], now: Step) -> np.int64:
+    def _again(self, pointers: Any, now: Step) -> np.int64:
         """A step like the one before, but for gradients and numbers."""
         assert self._repeat is not None
         assert self._counter is not None
-        self._repeat[1]([grad for grad, _ in items], now)
+        self._repeat[1](pointers, now)
         self._counter.increment()
         return self._counter.read()
 
     def prepare_replay(self) -> np.int64:
         """Evaluate the hyperparameters for the next replay of a captured step, and send them to the GPU.
 
-        Call it before each launch of the graph, with the stream current on which the graph will run, whenever
-        something changes from step to step: a schedule, a callable, decay, or an attribute set. It waits for nothing.
-        Each call stands for one replay. Replays without it count on, too, but keep the numbers of the call before, and
-        a schedule does not know of them until ``iterations`` is assigned to.
+        Call it before each launch of the graph, the first included, with the stream current on which the graph will
+        run, whenever something changes from step to step: a schedule, a callable, decay, or an attribute set. It waits
+        for nothing. A replay without it has the numbers of the last call of this or of ``apply_gradients`` outside a
+        capture. Each call stands for one replay; of replays without it, a schedule knows only after the next
+        ``apply_gradients``, which reads the counter of an optimizer that has captured steps.
 
         Returns:
             The number of steps taken when that replay is done.
 
         Raises:
-            RuntimeError: no step has been captured, or something has changed that a graph has fixed: which terms the
-                update has, or the limit of a norm.
+            RuntimeError: no step has been captured with the terms and the norm limit that the optimizer has now; a
+                graph has these fixed.
         """
         now = step.read(self, int(self._count()))
         self._capture.prepare(now, step.clip(self))
@@ -347,10 +354,13 @@ def _constrain(variable: Any) -> None:
     if constraint is None:
         return
     array = variable._array
-    result = array_of(constraint(array))
-    if np.shape(result) != array.shape:
-        raise ValueError(f"{label(variable)}: its constraint must return shape {array.shape}; got {np.shape(result)}")
-    array[...] = result
+    with backend.require(array).near(array):
+        result = array_of(constraint(array))
+        if np.shape(result) != array.shape:
+            raise ValueError(
+                f"{label(variable)}: its constraint must return shape {array.shape}; got {np.shape(result)}"
+            )
+        array[...] = result
 
 
 def _check_name(name: str | None) -> None:

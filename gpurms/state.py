@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
 
 from gpurms import backend, hyper
+from gpurms.aliasing import Pair
 from gpurms.backend import Backend
 from gpurms.capture import Capture
 from gpurms.counter import Counter
@@ -227,9 +229,7 @@ class State:
 
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         attributes, slots = cast("tuple[dict[str, Any] | None, dict[str, Any]]", object.__getstate__(self))
-        return attributes, {
-            key: value for key, value in slots.items() if key not in ("_batches", "_capture", "_repeat")
-        }
+        return attributes, {key: value for key, value in slots.items() if key not in MADE_ANEW}
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         attributes, slots = state
@@ -243,10 +243,12 @@ class State:
         self._counter = counter
         self._slots.set_counter(counter.variable)
 
-    def _new_counter(self) -> Counter:
-        """On the host, where it costs nothing to read; a capturable one where graphs can count it up."""
+    def _new_counter(self, pairs: Sequence[Pair] = ()) -> Counter:
+        """On the host, where it costs nothing to read; a capturable one beside the variables, for graphs to count."""
+        on_device = [entry for entry, _, _ in pairs if entry.device is not None]
         library = backend.array_module() if self.capturable else np
-        return Counter(Variable(library.zeros((), np.int64), name="iterations", trainable=False))
+        with on_device[0].backend.near(on_device[0].view) if on_device else nullcontext():
+            return Counter(Variable(library.zeros((), np.int64), name="iterations", trainable=False))
 
     def _count(self) -> np.int64:
         return np.int64(0) if self._counter is None else self._counter.read()

@@ -22,13 +22,14 @@ OPTIONS = {
 def taken(monkeypatch):
     """For each call of an optimizer with a call before, whether it took the short cut."""
     found = []
-    fits = repeat.Repeat.fits
+    pointers = repeat.Repeat.pointers
 
     def recorded(*arguments):
-        found.append(fits(*arguments))
-        return found[-1]
+        result = pointers(*arguments)
+        found.append(result is not None)
+        return result
 
-    monkeypatch.setattr(repeat.Repeat, "fits", recorded)
+    monkeypatch.setattr(repeat.Repeat, "pointers", recorded)
     return found
 
 

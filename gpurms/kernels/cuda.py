@@ -8,7 +8,7 @@ so that what can fail fails before anything changes; the function it returns onl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import cupy
@@ -20,6 +20,7 @@ from gpurms.kernels.launch import (
     TYPES,
     Planned,
     defines,
+    element_types,
     elementwise,
     flags,
     is_capturing,
@@ -48,10 +49,9 @@ class State:
         self.device: int = var.data.device_id
         self.n: int = var.size
         arrays = [var, *self.slots]
-        same_type = all(slot.dtype == update.rms.dtype for slot in self.slots)
-        flat = same_type and all(array.flags.c_contiguous for array in arrays)
+        flat = all(array.flags.c_contiguous for array in arrays)
         self.addresses = [int(array.data.ptr) for array in arrays] if flat else []
-        self.types = (var.dtype, update.rms.dtype)
+        self.types = element_types(update)
         self.table: _Table | None = None  # of the group of updates that this one is the first of
         self.workspace = cuda_rows.Workspace()
         self._tables: cuda_rows.Tables | None = None
@@ -99,9 +99,8 @@ class Repeat:
         for group in groups:
             group.kept = []  # the gradients of the step that has just been launched
 
-    def __call__(self, grads: Sequence[Any], now: Step) -> None:
+    def __call__(self, pointers: np.ndarray[Any, Any], now: Step) -> None:
         """Apply gradients of the types and layouts of before, with the flags of before."""
-        pointers = np.array([grad.data.ptr for grad in grads], np.int64)
         with cupy.cuda.Device(self._device):
             refuse_capture()
             for group, positions in self._groups:
@@ -121,6 +120,7 @@ def repeat(plan: Plan) -> Repeat | None:
 def _plan_on_device(device: int, updates: Sequence[Update]) -> list[Planned]:
     with cupy.cuda.Device(device):
         planned = list(_send_scalars(device, updates))
+        strided: list[Planned] = []
         groups: dict[Any, list[Update]] = {}
         for update in updates:
             state: State = update.prepared
@@ -131,10 +131,10 @@ def _plan_on_device(device: int, updates: Sequence[Update]) -> list[Planned]:
                     live = live_scalars(update.rule, device)
                     planned.append(cuda_rows.plan(update, state.tables(update), live, state.workspace))
             elif state.addresses and update.grad.flags.c_contiguous:
-                groups.setdefault((id(update.rule), state.types, update.grad.dtype), []).append(update)
+                groups.setdefault((id(update.rule), *state.types.values(), update.grad.dtype), []).append(update)
             else:
-                planned.append(_plan_strided(update))
-        return planned + [_plan_dense(group) for group in groups.values()]
+                strided.append(_plan_strided(update))
+        return planned + strided + [_plan_dense(group) for group in groups.values()]
 
 
 def _send_scalars(device: int, updates: Sequence[Update]) -> Iterator[Planned]:
@@ -146,7 +146,9 @@ def _send_scalars(device: int, updates: Sequence[Update]) -> Iterator[Planned]:
         elif not capturing:
             place = (device, rule.compute)
             if place not in rule.live:
-                rule.live[place] = cupy.empty(len(SCALARS), rule.compute)
+                live = cupy.empty(len(SCALARS), rule.compute)
+                _sending(rule.scalars, live)()  # at once: should this step fail, a capture may still find it
+                rule.live[place] = live
             yield _sending(rule.scalars, rule.live[place])
         elif (device, rule.compute) not in rule.live:
             raise RuntimeError("take one step with these variables before capturing one")
@@ -206,8 +208,7 @@ class _Table:
         widest = parameter_bytes(state.device)
         narrow, wide = ((n_bytes - HEADER) // (8 * n_columns) for n_bytes in (4096, widest))
         capacity = narrow if len(updates) <= narrow else wide
-        var_type, slot_type = state.types
-        elements = types(rule.compute, var_t=var_type, grad_t=grad_type, slot_t=slot_type)
+        elements = types(rule.compute, grad_t=grad_type, **state.types)
         tile = THREADS * elements["VECTOR"]
         parameters = (scalars_type(rule.compute), POINTER, np.int32, table_type(8 * n_columns * capacity))
         macros = defines(flags(rule.flags), elements, {"THREADS": THREADS, "CAPACITY": capacity})
@@ -303,12 +304,27 @@ def _plan_strided(update: Update) -> Planned:
         ", ".join(inputs), ", ".join(outputs), "\n".join(lines),
         defines(flags(rule.flags), types(rule.compute), macros), RULE,
     )  # fmt: skip
+    _try(run, [update.grad], [*raw.values(), *scalars.values()], list(written.values()))
     arguments = [_plain(update.grad), *raw.values(), *scalars.values(), *(_plain(array) for array in written.values())]
-    return partial(_launch_strided, run, arguments)
+    return partial(_launch_strided, run, arguments, update.factor)
 
 
-def _launch_strided(run: Any, arguments: list[Any]) -> None:
+def _launch_strided(run: Any, arguments: list[Any], kept: Any) -> None:
+    """``kept`` is what the factor is made from: a graph goes on using it."""
     run(*arguments)
+
+
+@cache
+def _tried() -> set[Any]:
+    return set()
+
+
+def _try(run: Any, read: list[Any], others: list[Any], written: list[Any]) -> None:
+    """Run a kernel once on small arrays: CuPy compiles it only then, and a step must not fail halfway for that."""
+    if run not in _tried() and not is_capturing():
+        scratch = [_plain(cupy.ones((4, 4), np.float32).astype(array.dtype)[::2, ::2]) for array in (*read, *written)]
+        run(*scratch[: len(read)], *others, *scratch[len(read) :])
+        _tried().add(run)
 
 
 def _plain_type(array: Any) -> str:

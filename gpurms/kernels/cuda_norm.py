@@ -24,7 +24,7 @@ CHUNK = 1 << 16
 THREADS = 256
 FILES = ("storage.cuh", "rmsprop.cuh", "norm.cu")
 HEADER = 96
-COLUMNS = 4  # of the struct Gradient: data, n, first_chunk, place
+COLUMNS = 4  # of the struct Gradient: data, n, first_tile, place
 NO_SUM = -1.0
 """What stands where a device has made no sum: less than any sum of squares, so a maximum merges devices, NaN kept."""
 
@@ -140,10 +140,11 @@ def _gathered(own: Sums, found: list[Sums]) -> Sums:
             copy = cupy.empty(sums.array.size, np.float64)
             with cupy.cuda.Device(sums.device):
                 theirs = cupy.cuda.get_current_stream()
-                stream.wait_event(theirs.record())
+                made = theirs.record()
+            stream.wait_event(made)  # outside: the null stream is that of the current device
             copy.data.copy_from_device_async(sums.array.data, sums.array.nbytes)
             copied = stream.record()
-            with cupy.cuda.Device(sums.device):  # the null stream is that of the current device
+            with cupy.cuda.Device(sums.device):
                 theirs.wait_event(copied)  # their memory may be used again after that
             cupy.maximum(merged.array, copy, out=merged.array)
             merged.made_from += [copy, sums]

@@ -14,6 +14,7 @@ from gpurms.kernels.launch import (
     Planned,
     address,
     defines,
+    element_types,
     flags,
     kernel,
     scalars_type,
@@ -30,8 +31,8 @@ WARPS = 4
 FAN_IN = 32
 RADIX_BITS, DIGITS = 8, 256
 MAX_BLOCKS = (1 << 31) - 1
-MAX_IDS = (1 << 31) - 64
-"""Places are 32-bit numbers in the kernels, which look up to 63 places beyond the last."""
+MAX_IDS = 1 << 30
+"""Places are 32-bit numbers in the kernels, which look beyond the last by up to 32 * span."""
 
 SORT = ("storage.cuh", "sort.cu")
 ROWS = ("storage.cuh", "rmsprop.cuh", "rows.cu")
@@ -84,7 +85,7 @@ class _Sort:
     """Ids sorted stably, with their positions, on the device; where the results will be is known before it runs."""
 
     def __init__(self, ids: Any, n_rows: int, buffers: Sequence[int], counts: int) -> None:
-        """``buffers``: keys, order, keys, order, each of ids.size; ``counts``: see ``count_bytes``."""
+        """``buffers``: keys, order, keys, order, each of ids.size; ``counts``: DIGITS for each tile and one more."""
         self.ids, self.n_rows = ids, n_rows
         self.n_passes = max(1, -(-n_rows.bit_length() // RADIX_BITS))
         self.buffers = [tuple(buffers[:2]), tuple(buffers[2:])]
@@ -136,7 +137,7 @@ class Tables:
         arrays = [var, *slots]
         row_shape = var.shape[1:]
         self.row_size = int(np.prod(row_shape, dtype=np.int64))
-        self.types = (var.dtype, arrays[-1].dtype)
+        self.types = element_types(update)
         plain = all(_has_plain_rows(array) for array in arrays)
         self.dims = 0 if plain else len(row_shape)
         words: list[int] = []
@@ -172,7 +173,7 @@ def plan(update: Update, tables: Tables, live: Any, workspace: Workspace) -> Pla
     memory, (*buffers, counts, sums) = workspace.parts([*sizes, n_sums * row_size * rule.compute.itemsize])
     sort = _Sort(ids, n_rows, buffers, counts)
 
-    elements = types(rule.compute, var_t=tables.types[0], grad_t=values.dtype, slot_t=tables.types[1])
+    elements = types(rule.compute, grad_t=values.dtype, **tables.types)
     vector = elements["VECTOR"]
     packed = tables.aligned([int(values.data.ptr)], vector)
     group = _group(row_size, vector)

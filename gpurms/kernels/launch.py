@@ -15,7 +15,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpurms.kernels.rule import SCALARS, Flags
+from gpurms.kernels.rule import SCALARS, Flags, Update
 
 OPTIONS = ("--fmad=false",)
 """No contraction: a fused multiply-add rounds once where the CPU rounds twice."""
@@ -45,6 +45,12 @@ def types(compute: np.dtype[Any], **elements: np.dtype[Any]) -> dict[str, Any]:
     return {**names, "VECTOR": 16 // min(dtype.itemsize for dtype in (compute, *elements.values()))}
 
 
+def element_types(update: Update) -> dict[str, np.dtype[Any]]:
+    """The types of the variable and of the slots it has, by the names that they have in the kernels."""
+    arrays = {"var_t": update.var, "rms_t": update.rms, "mom_t": update.mom, "mg_t": update.mg}
+    return {name: array.dtype for name, array in arrays.items() if array is not None}
+
+
 def defines(*macros: Mapping[str, Any]) -> Defines:
     """Macros in a form that can be a key."""
     return tuple((name, str(value)) for each in macros for name, value in each.items())
@@ -67,10 +73,14 @@ class Kernel:
     def __init__(self, raw: Any, kinds: tuple[Kind, ...]) -> None:
         self._raw = raw
         self._kinds = kinds
+        self._compiled: set[int] = set()
 
     def compile(self) -> None:
-        """Compile and load for the current device, so that a launch cannot fail for it."""
-        self._raw.compile()
+        """Compile and load for the current device, once, so that a launch cannot fail for it."""
+        device = cupy.cuda.runtime.getDevice()
+        if device not in self._compiled:
+            self._raw.compile()
+            self._compiled.add(device)
 
     def __call__(self, n_blocks: int, n_threads: int, *arguments: Any) -> None:
         """Launch on the current stream of the current device."""

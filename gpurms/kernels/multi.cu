@@ -2,17 +2,17 @@
 //
 // The table of arrays is a kernel parameter, so a launch needs no copy, no staging memory and no device memory of its
 // own, and a graph can capture it. Blocks take tiles of THREADS * VECTOR elements, tensor after tensor.
-// In front of this text: storage.cuh, rmsprop.cuh, var_t, grad_t, slot_t, THREADS, CAPACITY.
+// In front of this text: storage.cuh, rmsprop.cuh, var_t, grad_t, rms_t, mom_t, mg_t, THREADS, CAPACITY.
 
 struct Tensor {
     var_t* var;
     const grad_t* grad;
-    slot_t* rms;
+    rms_t* rms;
 #if HAS_MOMENTUM
-    slot_t* mom;
+    mom_t* mom;
 #endif
 #if CENTERED
-    slot_t* mg;
+    mg_t* mg;
 #endif
 #if CLIP_NORM
     const compute_t* factor;
@@ -24,20 +24,6 @@ struct Tensor {
 struct Table {
     Tensor tensors[CAPACITY];
 };
-
-// The last tensor whose first tile is not behind `tile`.
-__device__ __forceinline__ int find(const Table& table, int count, int64 tile)
-{
-    int low = 0, high = count;
-    while (high - low > 1) {
-        int middle = (low + high) / 2;
-        if (table.tensors[middle].first_tile <= tile)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
 
 // All reads stand before the first write, so that they are in flight together.
 template <bool PACKED> __device__ __forceinline__ void update_tile(const Tensor& t, int64 start, const Scalars& s)
@@ -87,7 +73,7 @@ __device__ __forceinline__ bool aligned(const Tensor& t)
 extern "C" __global__ void __launch_bounds__(THREADS) multi(
     const Scalars scalars, const Scalars* live, int count, GRID_CONSTANT const Table table)
 {
-    const Tensor& t = table.tensors[find(table, count, blockIdx.x)];
+    const Tensor& t = find(table.tensors, count, blockIdx.x);
     const Scalars s = live ? *live : scalars;
     int64 start = (blockIdx.x - t.first_tile) * (THREADS * VECTOR);
     if (aligned(t) && t.n - start >= THREADS * VECTOR)

@@ -9,26 +9,13 @@ constexpr int THREADS = LANES / 4;  // each thread has four lanes
 struct Gradient {
     const grad_t* data;
     int64 n;
-    int64 first_chunk;
+    int64 first_tile;  // a tile is a chunk
     int64 place;  // of its sum among the sums of the call
 };
 
 struct Gradients {
     Gradient entries[CAPACITY];
 };
-
-__device__ __forceinline__ const Gradient& find(const Gradients& table, int count, int64 chunk)
-{
-    int low = 0, high = count;
-    while (high - low > 1) {
-        int middle = (low + high) / 2;
-        if (table.entries[middle].first_chunk <= chunk)
-            low = middle;
-        else
-            high = middle;
-    }
-    return table.entries[low];
-}
 
 // The upper half of the lanes onto the lower, down to one; the sum ends in lanes[0].
 __device__ __forceinline__ void halve(double* lanes)
@@ -47,8 +34,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) square_sums(
     const Scalars scalars, int count, double* chunk_sums, double* sums, GRID_CONSTANT const Gradients table)
 {
     __shared__ double lanes[LANES];
-    const Gradient& gradient = find(table, count, blockIdx.x);
-    int64 start = (blockIdx.x - gradient.first_chunk) * CHUNK;
+    const Gradient& gradient = find(table.entries, count, blockIdx.x);
+    int64 start = (blockIdx.x - gradient.first_tile) * CHUNK;
     const grad_t* g = gradient.data + start;
     int n = gradient.n - start < CHUNK ? (int)(gradient.n - start) : CHUNK;
     double sum[LANES / THREADS] = {};
@@ -78,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fold(
     for (int lane = threadIdx.x; lane < LANES; lane += THREADS) {
         double sum = 0;
         for (int64 i = lane; i < n; i += LANES)
-            sum = sum + chunk_sums[gradient.first_chunk + i];
+            sum = sum + chunk_sums[gradient.first_tile + i];
         lanes[lane] = sum;
     }
     halve(lanes);

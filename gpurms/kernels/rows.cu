@@ -8,10 +8,11 @@
 //
 // With ADD_ROWS the sums are added to the rows instead: a gradient of which a part is sparse.
 //
-// In front of this text: storage.cuh, rmsprop.cuh, var_t, grad_t, slot_t, key_t, PACKED, DIMS, WARPS, ADD_ROWS.
+// In front of this text: storage.cuh, rmsprop.cuh, var_t, grad_t, rms_t, mom_t, mg_t, key_t, PACKED, DIMS, WARPS, ADD_ROWS.
 
 constexpr uint32 ALL_LANES = 0xffffffff;
 constexpr int FAN_IN = 32;
+constexpr int MIN_BLOCKS = sizeof(compute_t) == 8 ? 2 : 3;  // leaves the registers that keep all in them (measured)
 
 // A table whose rows begin `stride` elements apart. Rows that are not contiguous have DIMS strides of their own.
 template <typename T> struct Rows {
@@ -23,13 +24,13 @@ template <typename T> struct Rows {
 struct Table {
     Rows<var_t> var;
 #if !ADD_ROWS
-    Rows<slot_t> rms;
+    Rows<rms_t> rms;
 #endif
 #if HAS_MOMENTUM
-    Rows<slot_t> mom;
+    Rows<mom_t> mom;
 #endif
 #if CENTERED
-    Rows<slot_t> mg;
+    Rows<mg_t> mg;
 #endif
     int64 n_rows;
     int64 row_size;
@@ -66,7 +67,7 @@ __device__ __forceinline__ int search(const key_t* keys, key_t key, int low, int
 }
 
 // Where this lane's run of values ends: at the next head, after FAN_IN places, or at the end.
-__device__ __forceinline__ int end_nearby(const Sorted& sorted, int first, int place, uint32 heads)
+__device__ __forceinline__ int end_nearby(const Sorted& sorted, int place, uint32 heads)
 {
     int lane = threadIdx.x % 32, beyond = place + 32;
     uint32 outside = __ballot_sync(ALL_LANES, place >= sorted.n);
@@ -91,8 +92,9 @@ __device__ __forceinline__ int end_beyond(const Sorted& sorted, int first, uint3
     return end;
 }
 
-// Runs of up to FAN_IN items of `span` occurrences that begin at places first .. first + 31; returns their number.
-__device__ __forceinline__ int find_runs(const Sorted& sorted, int first, int span, Run* runs)
+// Runs of up to FAN_IN items of `span` occurrences that begin at places first .. first + 31, of rows that exist;
+// returns their number.
+__device__ __forceinline__ int find_runs(const Sorted& sorted, int64 n_rows, int first, int span, Run* runs)
 {
     const key_t* keys = sorted.keys;
     int lane = threadIdx.x % 32, place = first + lane, n = sorted.n, reach = FAN_IN * span;
@@ -111,12 +113,12 @@ __device__ __forceinline__ int find_runs(const Sorted& sorted, int first, int sp
     if (heads_before)
         began = first + 31 - __clz(heads_before);
     int rank = place - began;
-    bool begins = valid && rank % reach == 0 && (heads_before || continues);
+    bool begins = valid && key < n_rows && rank % reach == 0 && (heads_before || continues);
     if (span > 1 && rank == 0)
         begins = begins && place + span < n && keys[place + span] == key;
 
     uint32 found = __ballot_sync(ALL_LANES, begins);
-    int end = span == 1 ? end_nearby(sorted, first, place, heads) : end_beyond(sorted, first, found, key, span);
+    int end = span == 1 ? end_nearby(sorted, place, heads) : end_beyond(sorted, first, found, key, span);
     if (begins) {
         bool last = end == n || keys[end] != key;
         runs[__popc(found & ((1u << lane) - 1))] =
@@ -218,28 +220,29 @@ __device__ __forceinline__ void take_run(
 
 // Calls take(run, left) for all runs of `span` at all columns, each by `group` threads (a power of two up to 32).
 template <typename Take>
-__device__ __forceinline__ void for_runs(const Sorted& sorted, int span, int64 row_size, int group, Take take)
+__device__ __forceinline__ void for_runs(const Sorted& sorted, const Table& table, int span, int group, Take take)
 {
     __shared__ Run shared_runs[WARPS][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Run* runs = shared_runs[warp];
     int64 slab = group * VECTOR;
-    int64 n_slabs = (row_size + slab - 1) / slab;
+    int64 n_slabs = (table.row_size + slab - 1) / slab;
     int64 n_units = ((int64)sorted.n + 31) / 32 * n_slabs;
     for (int64 unit = (int64)blockIdx.x * WARPS + warp; unit < n_units; unit += (int64)gridDim.x * WARPS) {
-        int n_runs = find_runs(sorted, (int)(unit / n_slabs) * 32, span, runs);
+        int n_runs = find_runs(sorted, table.n_rows, (int)(unit / n_slabs) * 32, span, runs);
         int64 left = unit % n_slabs * slab;
         __syncwarp();
-        if (left + (lane % group) * (PACKED ? VECTOR : 1) < row_size)
-            for (int i = lane / group; i < n_runs; i += 32 / group)
-                take(runs[i], left);
+        if (left + (lane % group) * (PACKED ? VECTOR : 1) >= table.row_size)
+            n_runs = 0;
+        for (int i = lane / group; i < n_runs; i += 32 / group)
+            take(runs[i], left);
         __syncwarp();
     }
 }
 
 // The first launch: sums of values; rows that occur up to 32 times are done. The values are clipped here, before they
 // are summed; `clipped` are scalars and `factor` for that.
-extern "C" __global__ void __launch_bounds__(WARPS * 32) update_rows(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) update_rows(
     const Scalars scalars, const Scalars* live, const compute_t* factor, const grad_t* values, const key_t* keys,
     const int* order, int n, int group, compute_t* sums, GRID_CONSTANT const Table table)
 {
@@ -247,11 +250,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) update_rows(
     const compute_t f = factor ? *factor : compute_t(1);
     int64 row_size = table.row_size;
     int thread = threadIdx.x % group;
-    for_runs({keys, order, n}, 1, row_size, group, [&](const Run& run, int64 left) {
-        int64 row = keys[run.start];
-        if (row >= table.n_rows)
-            return;
-        take_run(run, row, left, thread, group, table, s, sums, [&](compute_t (&g)[VECTOR]) {
+    for_runs({keys, order, n}, table, 1, group, [&](const Run& run, int64 left) {
+        take_run(run, keys[run.start], left, thread, group, table, s, sums, [&](compute_t (&g)[VECTOR]) {
             compute_t x[VECTOR];
             for (int k = 0; k < run.count; k++) {
                 const grad_t* value = values + order[run.start + k] * row_size + left;
@@ -264,18 +264,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) update_rows(
 }
 
 // The launches after that, with span = 32, 32 * 32, ...: sums of sums; rows of up to 32 * span occurrences are done.
-extern "C" __global__ void __launch_bounds__(WARPS * 32) combine_sums(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) combine_sums(
     const Scalars scalars, const Scalars* live, const key_t* keys, int n, int span, int group, compute_t* sums,
     GRID_CONSTANT const Table table)
 {
     const Scalars s = live ? *live : scalars;
     int64 row_size = table.row_size;
     int thread = threadIdx.x % group;
-    for_runs({keys, nullptr, n}, span, row_size, group, [&](const Run& run, int64 left) {
-        int64 row = keys[run.start];
-        if (row >= table.n_rows)
-            return;
-        take_run(run, row, left, thread, group, table, s, sums, [&](compute_t (&g)[VECTOR]) {
+    for_runs({keys, nullptr, n}, table, span, group, [&](const Run& run, int64 left) {
+        take_run(run, keys[run.start], left, thread, group, table, s, sums, [&](compute_t (&g)[VECTOR]) {
             compute_t x[VECTOR];
             for (int k = 0; k < run.count; k++) {
                 const compute_t* sum = sums + (run.slot + k * (span / FAN_IN)) * row_size + left;

@@ -139,3 +139,17 @@ __device__ __forceinline__ void write(T* line, int64 n, int thread, int n_thread
                 narrow(x[i], line[thread + i * n_threads]);
     }
 }
+
+// The last entry of a table whose first tile is not behind `tile`.
+template <typename Entry> __device__ __forceinline__ const Entry& find(const Entry* entries, int count, int64 tile)
+{
+    int low = 0, high = count;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (entries[middle].first_tile <= tile)
+            low = middle;
+        else
+            high = middle;
+    }
+    return entries[low];
+}

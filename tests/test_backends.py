@@ -13,7 +13,7 @@ from gpurms import IndexedSlices, RMSprop, Variable
 from tests import engines
 from tests.cases import RULES
 from tests.engines import Engine
-from tests.support import assert_same_bits, full_rmsprop, unchanged
+from tests.support import assert_same_bits, full_rmsprop, host, unchanged
 
 F32 = np.float32
 pytestmark = pytest.mark.usefixtures("numpy_engine")
@@ -231,3 +231,74 @@ def test_rows_out_of_range_are_ignored_if_nobody_checks(n_rows: int, n_ids: int,
         expected_opt.apply_gradients([(IndexedSlices(rows.values[inside], rows.indices[inside]), expected)])
     for found, wanted in zip([table, *opt.weights], [expected, *expected_opt.weights], strict=True):
         assert_same_bits(found, wanted)
+
+
+# --- findings of reviews --------------------------------------------------------------------------------------------
+
+
+def test_a_constraint_runs_on_the_device_of_its_variable():
+    with engines.emulated(n_devices=2) as machine:
+        import cupy
+
+        with cupy.cuda.Device(1):
+            w = gpurms.Variable(cupy.ones(3, np.float32), constraint=lambda x: x * 0)
+            grad = cupy.ones(3, np.float32)
+        gpurms.RMSprop().apply_gradients([(grad, w)])
+        assert not w.numpy().any()
+        assert {launch.device for launch in machine.launches[-2:]} == {1}
+
+
+def test_a_strided_kernel_that_does_not_compile_changes_nothing(monkeypatch):
+    from gpurms.kernels import cuda
+
+    with engines.emulated():
+        import cupy
+
+        plain, strided = cupy.ones(3, np.float32), cupy.ones((4, 4), np.float32)[::2, ::2]
+
+        def broken(*arguments):
+            raise RuntimeError("planted: no headers")
+
+        monkeypatch.setattr(cuda, "elementwise", lambda *arguments: broken)
+        opt = gpurms.RMSprop()
+        with pytest.raises(RuntimeError, match="planted"):
+            opt.apply_gradients([(plain * 1, plain), (strided * 1, strided)])
+        assert (plain.get() == 1).all()
+        assert (strided.get() == 1).all()
+        assert opt.weights == []
+
+
+def test_a_gradient_that_another_library_exports_from_a_variable():
+    with engines.emulated():
+        import cupy
+
+        a, b = cupy.arange(1000, dtype=np.float32), cupy.ones(1000, np.float32)
+        memory = cupy.cuda.UnownedMemory(a.data.ptr, a.nbytes, a, 0)
+        exported = cupy.ndarray(a.shape, a.dtype, cupy.cuda.MemoryPointer(memory, 0))
+        values = a.get()
+        expected = [values.copy(), np.ones(1000, np.float32)]
+        opt, expected_opt = gpurms.RMSprop(), gpurms.RMSprop()
+        for _ in range(2):
+            opt.apply_gradients([(b * 2, a), (exported, b)])
+            expected_opt.apply_gradients([(expected[1] * 2, expected[0]), (expected[0].copy(), expected[1])])
+        assert a.get().tobytes() == expected[0].tobytes()
+        assert b.get().tobytes() == expected[1].tobytes()
+
+
+def test_slots_of_different_types(library):
+    rng = np.random.default_rng(0)
+    opt, expected = gpurms.RMSprop(slot_dtype="float32"), gpurms.RMSprop(slot_dtype="float32")
+    starts = [rng.standard_normal(600).astype(np.float32), rng.standard_normal((40, 12)).astype(np.float32)]
+    arrays = [library.put(x.copy()) for x in starts]
+    for changes in ({}, {"slot_dtype": "float64", "momentum": 0.9}, {"slot_dtype": "float16", "centered": True}, {}):
+        grad, values = rng.standard_normal(600).astype(np.float32), rng.standard_normal((90, 12)).astype(np.float32)
+        rows = gpurms.IndexedSlices(values, rng.integers(0, 40, 90))
+        for each, pairs in (
+            (opt, [*zip(map(library.put, (grad, rows)), arrays)]),
+            (expected, [*zip((grad, rows), starts)]),
+        ):
+            for name, value in changes.items():
+                setattr(each, name, value)
+            each.apply_gradients(pairs)
+    for found, wanted in zip([*arrays, *opt.weights], [*starts, *expected.weights], strict=True):
+        assert_same_bits(host(found), host(wanted))

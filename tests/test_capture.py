@@ -9,6 +9,7 @@ import pytest
 
 import gpurms
 from gpurms import schedules
+from tests import engines
 from tests.support import host
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
@@ -147,6 +148,95 @@ def test_copies_start_without_captures(device):
             twin.prepare_replay()
 
 
+def test_a_strided_variable_with_a_clip_factor_keeps_its_memory(device):
+    scene = Scene(device, layout=np.asfortranarray, clipnorm=0.5)
+    scene.pairs = scene.pairs[:1]
+    graph = scene.capture()
+    scene.pairs = scene.grad = None
+    gc.collect()
+    others = [cupy.full(n, 7.0, np.float64) for n in (1, 1, 2, 4)]
+    cupy.cuda.get_current_stream().synchronize()
+    graph.launch(scene.stream)
+    scene.stream.synchronize()
+    assert all((host(x) == 7).all() for x in others)
+
+
+def test_steps_after_unprepared_replays_count_on(device):
+    scene = Scene(device, momentum=0.9)
+    graph = scene.capture()
+    with scene.stream:
+        for _ in range(3):
+            graph.launch(scene.stream)
+        assert scene.opt.apply_gradients(scene.pairs) == 5
+    scene.expect(5)
+
+
+def test_two_captures_of_different_terms(device):
+    scene = Scene(device)
+    first = scene.capture()
+    scene.opt.maximize = True
+    with scene.stream:
+        scene.stream.begin_capture()
+        scene.opt.apply_gradients(scene.pairs)
+        scene.stream.end_capture()
+        scene.opt.maximize = False
+        assert scene.opt.prepare_replay() == 2
+        first.launch(scene.stream)
+    scene.expect(2)
+
+
+def test_a_counter_of_two_optimizers(device):
+    counter = gpurms.Variable(device.put(np.array(0, np.int64)))
+    arrays = [device.put(np.ones(3, np.float32)) for _ in range(2)]
+    opts = [gpurms.RMSprop(), gpurms.RMSprop()]
+    for opt in opts:
+        opt.iterations = counter
+    counts = [opt.apply_gradients([(array * 1, array)]) for _ in range(3) for opt, array in zip(opts, arrays)]
+    assert counts == [1, 2, 3, 4, 5, 6]
+
+
+# --- several devices (emulated) -------------------------------------------------------------------------------------
+
+
+def on(number, x):
+    with cupy.cuda.Device(number):
+        return cupy.array(x)
+
+
+def test_the_counter_is_beside_the_variables():
+    with engines.emulated(n_devices=2):
+        w, grad = on(1, np.ones(3, np.float32)), on(1, np.ones(3, np.float32))
+        opt = gpurms.RMSprop(capturable=True)
+        opt.apply_gradients([(grad, w)])
+        with cupy.cuda.Device(1), cupy.cuda.Stream(non_blocking=True) as stream:
+            stream.begin_capture()
+            opt.apply_gradients([(grad, w)])
+            graph = stream.end_capture()
+            for _ in range(3):
+                graph.launch(stream)
+            stream.synchronize()
+        assert int(opt.iterations.numpy()) == 4
+
+
+@pytest.mark.parametrize("other", ["GPU 1", "the host"])
+def test_a_part_of_a_step(other):
+    with engines.emulated(n_devices=2):
+        start = np.ones(3, np.float32)
+        variables = [on(0, start), on(1, start) if other == "GPU 1" else start.copy()]
+        grads = [on(0, start), on(1, start) if other == "GPU 1" else start.copy()]
+        pairs = list(zip(grads, variables))
+        opt = gpurms.RMSprop(capturable=True)
+        opt.apply_gradients(pairs)
+        before = [host(variable).tobytes() for variable in variables]
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            stream.begin_capture()
+            with pytest.raises(RuntimeError, match=f"can only be captured whole, but {other} would run"):
+                opt.apply_gradients(pairs)
+            stream.end_capture()
+        assert [host(variable).tobytes() for variable in variables] == before
+        assert int(opt.iterations.numpy()) == 1
+
+
 # --- what cannot be captured ----------------------------------------------------------------------------------------
 
 
@@ -216,6 +306,32 @@ def test_what_a_capture_fixes_may_not_change(option, device):
         setattr(scene.opt, name, value)
     with pytest.raises(RuntimeError, match="has its terms and norm limits fixed"):
         scene.opt.prepare_replay()
+
+
+def test_a_counter_that_is_not_known(device):
+    scene = Scene(device)
+    scene.capture()
+    scene.opt.iterations.assign(5)
+    refused(scene, "iterations has been assigned to")
+
+
+def test_numbers_of_a_failed_step_are_not_garbage(device, monkeypatch):
+    """A step that fails after its scalars have got their place leaves numbers there."""
+    scene = Scene(device, learning_rate=0.25)
+    with scene.stream:
+        scene.opt.apply_gradients(scene.pairs)
+    assert scene.opt._capture.live
+    wide = device.put(np.ones(4))
+    scene.opt.add_slot(wide, "rms")
+
+    def fail(*arguments):
+        raise MemoryError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpurms.kernels.cuda._plan_dense", fail)
+        with scene.stream, pytest.raises(MemoryError, match="planted"):
+            scene.opt.apply_gradients([(device.put(np.ones(4)), wide)])
+    assert all(host(live)[0] == 0.25 for live in scene.opt._capture.live.values())
 
 
 def test_nothing_captured(device):

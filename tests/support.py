@@ -1,5 +1,8 @@
 """Helpers shared by the contract tests: bits, snapshots of the state, an optimizer with exact arithmetic."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,3 +103,10 @@ def dense(slices: gpurms.IndexedSlices, shape: tuple[int, ...]) -> np.ndarray:
     out = np.zeros(shape, np.float64)
     np.add.at(out, host(slices.indices), host(slices.values).astype(np.float64))
     return out
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python in a process of its own, with changes to the environment."""
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=os.environ | environment, check=False
+    )

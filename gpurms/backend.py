@@ -139,7 +139,7 @@ class Backend(Protocol):
         """Prepare updates of distinct variables; the function returned applies them."""
         ...
 
-    def repeat(self, plan: Any) -> Callable[[np.ndarray[Any, Any], Step], None] | None:
+    def repeat(self, plan: Any, clip: Clip | None) -> Callable[[np.ndarray[Any, Any], Step], None] | None:
         """A function that applies other gradients, of the same types and layouts, given by their addresses.
 
         It checks nothing but that no graph is captured. None if the library or this plan has no such short cut.

@@ -23,7 +23,7 @@ class NumPy:
     name = "NumPy"
     plan = staticmethod(cpu.plan)
 
-    def repeat(self, plan: Callable[[], None]) -> None:
+    def repeat(self, plan: Callable[[], None], clip: Clip | None) -> None:
         """None: each step cuts its gradients into blocks anew."""
 
     def square_sums(

@@ -43,6 +43,7 @@ class Repeat:
         self._device = pairs[0][0].device
         self._home: Any = pairs[0][0].backend
         self._n_slots = len(optimizer._slots.weights)
+        self._clip = step.clip(optimizer)
         self.flags = now.flags
 
     @classmethod
@@ -50,11 +51,11 @@ class Repeat:
         cls, optimizer: RMSprop, items: Sequence[tuple[Any, Any]], pairs: Sequence[Pair], now: Step, planned: step.Plan
     ) -> tuple[Repeat, Launch] | None:
         """What to recognise the next call by and how to launch it; None where a call is of another kind."""
-        plain = len(pairs) == len(items) and now.live is None and step.clip(optimizer) is None
+        plain = len(pairs) == len(items) and now.live is None
         if not plain or 0 in optimizer._slots.owners or len(planned.plans) != 1:
             return None
         home = pairs[0][0].backend
-        launch = home.repeat(planned.plans[0])
+        launch = home.repeat(planned.plans[0], step.clip(optimizer))
         return None if launch is None else (cls(optimizer, items, pairs, now), launch)
 
     def pointers(self, optimizer: RMSprop, items: Sequence[Any]) -> np.ndarray[Any, Any] | None:
@@ -73,7 +74,7 @@ class Repeat:
             and optimizer._slots.owners.isdisjoint(map(id, memory))
             and not any(variable.constraint for variable in self._constrained)
             and len(optimizer._slots.weights) == self._n_slots
-            and step.clip(optimizer) is None
+            and step.clip(optimizer) == self._clip
             and not optimizer.capturable
             and all(map(self._home.is_owned, set(map(type, memory))))
         )

@@ -14,6 +14,8 @@ OPTIONS = {
     "plain": {},
     "momentum": {"momentum": 0.9},
     "everything": {"momentum": 0.9, "centered": True, "nesterov": True, "weight_decay": 0.1, "clipvalue": 0.5},
+    "clipnorm": {"clipnorm": 0.5, "momentum": 0.9},
+    "global-clipnorm": {"global_clipnorm": 1.0, "clipvalue": 0.5},
     "schedule": {"learning_rate": gpurms.schedules.ExponentialDecay(0.1, 2, 0.5), "decay": 0.1},
 }
 

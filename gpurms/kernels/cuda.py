@@ -14,7 +14,8 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpurms.kernels import cuda_rows
+from gpurms.clipping import Clip
+from gpurms.kernels import cuda_norm, cuda_rows
 from gpurms.kernels.launch import (
     POINTER,
     TYPES,
@@ -92,29 +93,42 @@ class Plan:
 class Repeat:
     """The launches of a call whose variables were all dense, contiguous and on one device, for other gradients."""
 
-    def __init__(self, device: int, updates: Sequence[Update], groups: Sequence[_Dense]) -> None:
+    def __init__(self, device: int, updates: Sequence[Update], groups: Sequence[_Dense], clip: Clip | None) -> None:
         self._device = device
+        with cupy.cuda.Device(device):
+            self._factors = None if clip is None else cuda_norm.Repeated(device, len(updates), clip)
         position = {id(update): i for i, update in enumerate(updates)}
         self._groups = [(group, np.array([position[id(update)] for update in group.table.updates])) for group in groups]
         for group in groups:
             group.kept = []  # the gradients of the step that has just been launched
+        self._addresses: list[Any] = [None] * len(groups)
+        if self._factors is not None:
+            with cupy.cuda.Device(device):
+                self._addresses = [
+                    self._factors.add(
+                        group.table.grad_type, group.compute, [prepared(each).n for each in group.table.updates], places
+                    )
+                    for group, places in self._groups
+                ]
 
     def __call__(self, pointers: np.ndarray[Any, Any], now: Step) -> None:
         """Apply gradients of the types and layouts of before, with the flags of before."""
         with cupy.cuda.Device(self._device):
             refuse_capture()
-            for group, positions in self._groups:
-                group.repeat(pointers[positions], now)
+            if self._factors is not None:
+                self._factors(pointers)
+            for (group, positions), addresses in zip(self._groups, self._addresses):
+                group.repeat(pointers[positions], addresses, now)
 
 
-def repeat(plan: Plan) -> Repeat | None:
+def repeat(plan: Plan, clip: Clip | None) -> Repeat | None:
     """The plan for use with other gradients, if it launches nothing but ``multi``."""
     if len(plan.planned) != 1:
         return None
     device, planned = plan.planned[0]
     groups = [each for each in planned if isinstance(each, _Dense)]
     n_taken = sum(len(each.table.updates) for each in groups)
-    return Repeat(device, plan.updates, groups) if len(groups) == len(planned) and n_taken else None
+    return Repeat(device, plan.updates, groups, clip) if len(groups) == len(planned) and n_taken else None
 
 
 def _plan_on_device(device: int, updates: Sequence[Update]) -> list[Planned]:
@@ -265,9 +279,11 @@ class _Dense:
         for n_blocks, count, struct in self.table.launches:
             self.table.kernel(n_blocks, THREADS, self.scalars, self.live, count, struct)
 
-    def repeat(self, pointers: np.ndarray[Any, Any], now: Step) -> None:
-        """Launch with other gradients and numbers."""
+    def repeat(self, pointers: np.ndarray[Any, Any], factors: np.ndarray[Any, Any] | None, now: Step) -> None:
+        """Launch with other gradients, clip factors (their addresses) and numbers."""
         self.table.words[: pointers.size, 1] = pointers
+        if factors is not None:
+            self.table.words[: pointers.size, self.table.factor_column] = factors
         self.scalars = now.scalars(self.compute).view(scalars_type(self.compute))
         self()
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
+from gpurms.clipping import Clip
 from gpurms.kernels.launch import (
     POINTER,
     defines,
@@ -70,7 +71,7 @@ def square_sums(grads: Sequence[Any], computes: Sequence[np.dtype[Any]], clipval
             for place in places:
                 groups.setdefault((grads[place].dtype, computes[place]), []).append(place)
             for (dtype, compute), group in groups.items():
-                _add_group(sums, [grads[place] for place in group], group, _Squares(dtype, compute, clipvalue))
+                _add_group(sums, [grads[place] for place in group], group, (dtype, compute, clipvalue))
             found.append(sums)
     return found
 
@@ -92,23 +93,66 @@ class _Squares:
         self.scalars = numbers.view(scalars)
 
 
-def _add_group(sums: Sums, grads: list[Any], places: list[int], kernels: _Squares) -> None:
-    for left in range(0, len(grads), kernels.capacity):
-        some = [cupy.ascontiguousarray(grad) for grad in grads[left : left + kernels.capacity]]
-        words = np.zeros((kernels.capacity, COLUMNS), np.int64)
-        rows = words[: len(some)]
-        rows[:, 0] = [grad.data.ptr for grad in some]
-        rows[:, 1] = [grad.size for grad in some]
-        n_chunks = np.maximum(-(-rows[:, 1] // CHUNK), 1)  # of an empty gradient, too: its sum is 0
-        rows[:, 2] = np.cumsum(n_chunks) - n_chunks
-        rows[:, 3] = places[left : left + kernels.capacity]
-        struct = words.reshape(-1).view(kernels.table)
-        n_blocks = int(n_chunks.sum())
-        chunk_sums = cupy.empty(n_blocks, np.float64)
-        kernels.squares(n_blocks, THREADS, kernels.scalars, len(some), chunk_sums, sums.array, struct)
-        if n_blocks > len(some):
-            kernels.fold(len(some), THREADS, chunk_sums, sums.array, struct)
-        sums.made_from += [*some, chunk_sums]
+class _Group:
+    """Gradients of one type: their tables, in which only pointers change from step to step, and their launches."""
+
+    def __init__(
+        self, dtype: np.dtype[Any], compute: np.dtype[Any], clipvalue: float | None, sizes: Sequence[int],
+        places: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.kernels = _Squares(dtype, compute, clipvalue)
+        self.launches = []  # place of the first gradient, rows of the table, the table, blocks, chunk sums
+        capacity = self.kernels.capacity
+        for left in range(0, len(sizes), capacity):
+            words = np.zeros((capacity, COLUMNS), np.int64)
+            rows = words[: len(sizes) - left]
+            rows[:, 1] = sizes[left : left + capacity]
+            n_chunks = np.maximum(-(-rows[:, 1] // CHUNK), 1)  # of an empty gradient, too: its sum is 0
+            rows[:, 2] = np.cumsum(n_chunks) - n_chunks
+            rows[:, 3] = places[left : left + capacity]
+            n_blocks = int(n_chunks.sum())
+            struct = words.reshape(-1).view(self.kernels.table)
+            self.launches.append((left, rows, struct, n_blocks, cupy.empty(n_blocks, np.float64)))
+
+    def __call__(self, pointers: np.ndarray[Any, Any], sums: Any) -> None:
+        """Sums of squares of the gradients at these addresses, to their places in ``sums``."""
+        for left, rows, struct, n_blocks, chunk_sums in self.launches:
+            rows[:, 0] = pointers[left : left + len(rows)]
+            self.kernels.squares(n_blocks, THREADS, self.kernels.scalars, len(rows), chunk_sums, sums, struct)
+            if n_blocks > len(rows):
+                self.kernels.fold(len(rows), THREADS, chunk_sums, sums, struct)
+
+
+def _add_group(sums: Sums, grads: list[Any], places: list[int], types_of: tuple[Any, Any, Any]) -> None:
+    some = [cupy.ascontiguousarray(grad) for grad in grads]
+    group = _Group(*types_of, [grad.size for grad in some], places)
+    group(np.array([grad.data.ptr for grad in some], np.int64), sums.array)
+    sums.made_from += [some, group]
+
+
+class Repeated:
+    """Clip factors of gradients on one device that differ from those before in nothing but their addresses."""
+
+    def __init__(self, device: int, n: int, clip: Clip) -> None:
+        self.clip = clip
+        self.sums = Sums(device, n, 0.0)
+        self.factors = cupy.empty(n, np.float32), cupy.empty(n, np.float64)
+        self.groups: list[tuple[_Group, np.ndarray[Any, Any]]] = []
+
+    def add(
+        self, dtype: np.dtype[Any], compute: np.dtype[Any], sizes: Sequence[int], places: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """Take gradients of one type into the call; returns where their factors will be."""
+        self.groups.append((_Group(dtype, compute, self.clip.clipvalue, sizes, list(places)), places))
+        factors = self.factors[compute != FLOAT32]
+        addresses: np.ndarray[Any, Any] = factors.data.ptr + factors.itemsize * places
+        return addresses
+
+    def __call__(self, pointers: np.ndarray[Any, Any]) -> None:
+        """Make the factors."""
+        for group, places in self.groups:
+            group(pointers[places], self.sums.array)
+        _launch_factors(self.sums, self.clip.limit, self.clip.over_all, *self.factors)
 
 
 def clip_factors(found: list[Sums], clip: float, over_all: bool) -> dict[int, tuple[Any, Any, Any]]:
@@ -124,11 +168,15 @@ def clip_factors(found: list[Sums], clip: float, over_all: bool) -> dict[int, tu
 def _factors(sums: Sums, clip: float, over_all: bool) -> tuple[Any, Any, Any]:
     with cupy.cuda.Device(sums.device):
         n = sums.array.size
-        macros = defines(flags(Flags()), {**types(FLOAT32, grad_t=FLOAT32), "CAPACITY": 1})
-        run = kernel(FILES, "clip_factors", macros, (POINTER, np.int32, np.float64, np.int32, POINTER, POINTER))
         factors, double_factors = cupy.empty(n, np.float32), cupy.empty(n, np.float64)
-        run(1, THREADS, sums.array, n, clip, over_all, factors, double_factors)
+        _launch_factors(sums, clip, over_all, factors, double_factors)
         return factors, double_factors, (sums, factors, double_factors)
+
+
+def _launch_factors(sums: Sums, clip: float, over_all: bool, factors: Any, double_factors: Any) -> None:
+    macros = defines(flags(Flags()), {**types(FLOAT32, grad_t=FLOAT32), "CAPACITY": 1})
+    run = kernel(FILES, "clip_factors", macros, (POINTER, np.int32, np.float64, np.int32, POINTER, POINTER))
+    run(1, THREADS, sums.array, sums.array.size, clip, over_all, factors, double_factors)
 
 
 def _gathered(own: Sums, found: list[Sums]) -> Sums:

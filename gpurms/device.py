@@ -10,7 +10,7 @@ import cupy
 import numpy as np
 
 from gpurms.clipping import Clip
-from gpurms.host import converts
+from gpurms.host import check_fits, read_numbers
 from gpurms.kernels import cuda, cuda_norm, cuda_rows
 from gpurms.kernels.launch import is_capturing
 from gpurms.kernels.rule import FLOAT32, compute_dtype
@@ -108,20 +108,12 @@ class CuPy:
 
     def numbers(self, value: Any, where: str) -> Array:
         """CuPy arrays as they are, everything else as NumPy reads it."""
-        if isinstance(value, cupy.ndarray):
-            return value
-        try:
-            return np.asarray(value)
-        except ValueError as error:
-            raise TypeError(f"{where}: expected an array of numbers; got {value!r:.80}") from error
+        return value if isinstance(value, cupy.ndarray) else read_numbers(value, where)
 
     def convert(self, like: Array, value: Any, where: str) -> Array:
         """On the device of ``like``; numbers convert to any float type, floats do not convert to integers."""
         converted = self.numbers(value, where)
-        if converted.shape != like.shape:
-            raise ValueError(f"{where}: expected shape {like.shape}; got {converted.shape}")
-        if not converts(converted.dtype, like.dtype):
-            raise TypeError(f"{where}: cannot convert {converted.dtype} to {like.dtype}")
+        check_fits(converted, like, where)
         if isinstance(converted, cupy.ndarray):
             with self.near(converted):  # CuPy copies only contiguous arrays from device to device
                 converted = cupy.ascontiguousarray(converted, like.dtype)

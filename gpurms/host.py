@@ -123,18 +123,12 @@ class NumPy:
         cupy = sys.modules.get("cupy")
         if cupy is not None and isinstance(value, cupy.ndarray):
             value = cupy.asnumpy(value)
-        try:
-            return np.asarray(value)
-        except ValueError as error:
-            raise TypeError(f"{where}: expected an array of numbers; got {value!r:.80}") from error
+        return read_numbers(value, where)
 
     def convert(self, like: Array, value: Any, where: str) -> Array:
         """Numbers convert to any float type; floats do not convert to integers."""
         converted = self.numbers(value, where)
-        if converted.shape != like.shape:
-            raise ValueError(f"{where}: expected shape {like.shape}; got {converted.shape}")
-        if not converts(converted.dtype, like.dtype):
-            raise TypeError(f"{where}: cannot convert {converted.dtype} to {like.dtype}")
+        check_fits(converted, like, where)
         return converted.astype(like.dtype)
 
     def write(self, array: Array, values: Array) -> None:
@@ -177,8 +171,18 @@ class NumPy:
         return None
 
 
-def converts(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
-    """Whether numbers of one type may be written into an array of another."""
-    if target.kind in "iu":
-        return source.kind in "biu"
-    return source.kind in "biuf" or source.name == "bfloat16"
+def read_numbers(value: Any, where: str) -> Array:
+    """An array-like as NumPy reads it; TypeError for a ragged list."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise TypeError(f"{where}: expected an array of numbers; got {value!r:.80}") from error
+
+
+def check_fits(values: Any, like: Any, where: str) -> None:
+    """ValueError for another shape, TypeError for numbers that do not convert: floats to integers, and no numbers."""
+    if values.shape != like.shape:
+        raise ValueError(f"{where}: expected shape {like.shape}; got {values.shape}")
+    source, kinds = values.dtype, "biu" if like.dtype.kind in "iu" else "biuf"
+    if source.kind not in kinds and not (source.name == "bfloat16" and "f" in kinds):
+        raise TypeError(f"{where}: cannot convert {source} to {like.dtype}")

@@ -103,7 +103,7 @@ def _launch(
     memory = machine.heap.kernel_memory[device]
 
     def run() -> None:
-        ptx.run(kernel, grid, block, arguments, memory, shared_bytes=shared_bytes)
+        machine.execute(kernel, grid, block, arguments, memory, shared_bytes=shared_bytes)
 
     launch = Launch(kernel.name, grid, block, device)
     machine.submit(queue, Operation(kernel.name, run, launch=launch))

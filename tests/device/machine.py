@@ -15,6 +15,7 @@ from typing import Any
 
 from cupy.cuda.runtime import CUDARuntimeError
 
+from tests.device import ptx
 from tests.device.memory import Allocation, Block, Heap
 from tests.device.operations import CAPTURE_IMPLICIT, CAPTURE_UNSUPPORTED, Capture, Launch, Operation, Queue, ancestors
 
@@ -41,6 +42,7 @@ class Machine:
         graph_launches: how many graphs were launched.
         allocate_in_capture: False forbids allocations on a stream that is capturing.
         heap: the memory; `heap.limit` is what a device has.
+        execute: what runs a kernel: `ptx.run`, or what a test puts in its place.
     """
 
     def __init__(self, n_devices: int, *, deferred: bool, seed: int) -> None:
@@ -54,6 +56,7 @@ class Machine:
         self.captures: list[Capture] = []
         self.handles = itertools.count(0x1000, 0x10)
         self.allocate_in_capture = True
+        self.execute = ptx.run
         self.forget()
 
     def forget(self) -> None:

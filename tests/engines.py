@@ -67,6 +67,7 @@ def running(name: str) -> Iterator[Engine]:
         with cpu.use_engine(name), _array_module("numpy"):
             yield Engine(name, np)
         return
+    backend._cupy.cache_clear()  # which may be of a device that was emulated
     real, problem = backend._cupy()
     if name == "cupy":
         if real is None:

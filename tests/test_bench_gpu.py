@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.device_support import cupy, cupy_on_cpu  # skips this module where there is no CuPy to emulate
+from tests.device_support import cupy  # skips this module where there is no CuPy to emulate
+from tests.engines import emulated
 
 from bench import gpu  # isort: skip
 from bench.answer import Answer, Goal  # isort: skip
@@ -105,7 +106,7 @@ def check(question: dict[str, Any]) -> None:
 
 
 def test_bits_are_compared():
-    with cupy_on_cpu():
+    with emulated():
         answer = last(bits.run(quick=True))
     assert {figure.what: figure.median for figure in answer.figures} == {
         f"{kind}, {rule}, {dtype}": 0.0
@@ -128,7 +129,7 @@ def test_bits_that_differ_are_counted(kind: Any, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(bits, "_on_device", disturbed)
     monkeypatch.setattr(bits, "SHAPES", ((900,),))
-    with cupy_on_cpu():
+    with emulated():
         assert bits.different(kind(np.dtype(np.float32), quick=True), {}) > 0
 
 
@@ -139,7 +140,7 @@ def test_one_bit_and_the_payload_of_a_nan():
 
 
 def test_whether_a_step_waits():
-    with cupy_on_cpu(deferred=True):
+    with emulated(deferred=True):
         answer = last(clip.run(quick=True))
     waits = {figure.what: figure.median for figure in answer.figures if figure.what.startswith("waits")}
     assert len(waits) == 7
@@ -148,7 +149,7 @@ def test_whether_a_step_waits():
 
 def test_a_step_that_waits_is_seen():
     answer = Answer("clip", "", "")
-    with cupy_on_cpu(deferred=True):
+    with emulated(deferred=True):
         stage = Stage(quick=True)
         array = cupy.zeros(3)
         clip._watch(answer, stage, "gets", lambda: array.get)
@@ -160,12 +161,12 @@ def test_a_step_that_waits_is_seen():
 
 
 def test_waiting_that_cannot_be_seen_is_not_judged():
-    with cupy_on_cpu(), pytest.raises(Missing, match="cannot be told apart here"):
+    with emulated(), pytest.raises(Missing, match="cannot be told apart here"):
         clip._watch(Answer("clip", "", ""), Stage(quick=True), "adds", lambda: lambda: None)
 
 
 def test_launches_are_counted():
-    with cupy_on_cpu() as machine:
+    with emulated() as machine:
         step = many._ours(Stage(quick=True), 5)()
         step()
         machine.forget()
@@ -179,7 +180,7 @@ def test_launches_are_counted():
 
 @pytest.mark.usefixtures("no_peers")
 def test_what_does_not_fit_is_a_row():
-    with cupy_on_cpu() as machine:
+    with emulated() as machine:
         answer = Answer("sizes", "", "")
         stage = Stage(quick=True)
         machine.heap.limit = machine.heap.used[0] + 400_000
@@ -194,7 +195,7 @@ def test_what_does_not_fit_is_a_row():
 @pytest.mark.usefixtures("no_peers")
 @pytest.mark.parametrize("question", [many, sizes])
 def test_what_is_known_is_judged_at_once(question: Any):
-    with cupy_on_cpu():
+    with emulated():
         known = []
         for answer in question.run(quick=True):
             known.append([figure.median is not None for figure in answer.figures])
@@ -205,7 +206,7 @@ def test_what_is_known_is_judged_at_once(question: Any):
 
 
 def test_a_capture_that_fails_is_closed():
-    with cupy_on_cpu():
+    with emulated():
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream, pytest.raises(ZeroDivisionError):
             many.capture(stream, lambda: 1 / 0)
@@ -213,7 +214,7 @@ def test_a_capture_that_fails_is_closed():
 
 
 def test_a_host_that_is_too_slow_is_said_so():
-    with cupy_on_cpu():
+    with emulated():
         stage = Stage(quick=True)
         stage.quick = False
         stage._copy = 1.0

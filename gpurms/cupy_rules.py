@@ -140,7 +140,7 @@ def _getitem(argnum: int, ans: Array, x: Array, index: Any) -> Gradient:
     return lambda g: _untake(g, index, core.vspace(x))
 
 
-@primitive  # type: ignore[untyped-decorator]
+@primitive  # type: ignore[untyped-decorator]  # as above
 def _untake(g: Array, index: Any, space: CuPyVSpace) -> SparseObject:
     """Zeros but for ``g`` at an index, which autograd adds to the gradient of the whole."""
     parts = index if isinstance(index, tuple) else (index,)
@@ -256,7 +256,7 @@ def _concatenate(axis: int, *args: Array) -> Array:
 
 
 def _array(args: Sequence[Any], kwargs: Mapping[str, Any], value: Any) -> Array:
-    return tracing.library_of(value).array(value, *args, **kwargs)
+    return tracing.module_of(value).array(value, *args, **kwargs)
 
 
 def _array_of(args: Sequence[Any], kwargs: Mapping[str, Any], *values: Any) -> Array:

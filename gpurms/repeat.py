@@ -33,7 +33,10 @@ class Repeat:
     microsecond per variable.
     """
 
-    def __init__(self, optimizer: RMSprop, items: Sequence[tuple[Any, Any]], pairs: Sequence[Pair], now: Step) -> None:
+    def __init__(
+        self, optimizer: RMSprop, items: Sequence[tuple[Any, Any]], pairs: Sequence[Pair], now: Step, launch: Launch
+    ) -> None:
+        self.launch = launch
         self._variables = [variable for _, variable in items]
         self._constrained = [variable for variable in self._variables if isinstance(variable, Variable)]
         self._arrays = [array_of(variable) for variable in self._variables]
@@ -45,18 +48,6 @@ class Repeat:
         self._n_slots = len(optimizer._slots.weights)
         self._clip = step.clip(optimizer)
         self.flags = now.flags
-
-    @classmethod
-    def of(
-        cls, optimizer: RMSprop, items: Sequence[tuple[Any, Any]], pairs: Sequence[Pair], now: Step, planned: step.Plan
-    ) -> tuple[Repeat, Launch] | None:
-        """What to recognise the next call by and how to launch it; None where a call is of another kind."""
-        plain = len(pairs) == len(items) and now.live is None
-        if not plain or 0 in optimizer._slots.owners or len(planned.plans) != 1:
-            return None
-        home = pairs[0][0].backend
-        launch = home.repeat(planned.plans[0], step.clip(optimizer))
-        return None if launch is None else (cls(optimizer, items, pairs, now), launch)
 
     def pointers(self, optimizer: RMSprop, items: Sequence[Any]) -> np.ndarray[Any, Any] | None:
         """Where the gradients are, if the call is like the one before; else None."""
@@ -71,7 +62,7 @@ class Repeat:
             list(map(_look, grads)) == self._looks
             and list(map(_shape, self._arrays)) == self._shapes
             and set(map(_device, data)) == {self._device}
-            and optimizer._slots.owners.isdisjoint(map(id, memory))
+            and optimizer._slots.owners.isdisjoint((0, *map(id, memory)))
             and not any(variable.constraint for variable in self._constrained)
             and len(optimizer._slots.weights) == self._n_slots
             and step.clip(optimizer) == self._clip
@@ -79,3 +70,13 @@ class Repeat:
             and all(map(self._home.is_owned, set(map(type, memory))))
         )
         return np.fromiter(map(_pointer, data), np.int64, len(data)) if fits else None
+
+
+def launch_of(
+    optimizer: RMSprop, items: Sequence[Any], pairs: Sequence[Pair], now: Step, planned: step.Plan
+) -> Launch | None:
+    """How to launch the next call like this one, or None. It allocates, so it is asked before anything changes."""
+    plain = len(pairs) == len(items) and now.live is None
+    if not plain or len(planned.plans) != 1:
+        return None
+    return pairs[0][0].backend.repeat(planned.plans[0], step.clip(optimizer))

@@ -8,11 +8,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from gpurms import backend, capture, gradients, hyper, settings, step, tape
+from gpurms import backend, capture, gradients, hyper, repeat, settings, step, tape
 from gpurms.arguments import flag
 from gpurms.hyper import Hyperparameter, Setting
 from gpurms.kernels.rule import Step
-from gpurms.repeat import Repeat
 from gpurms.slots import array_of, label
 from gpurms.state import State
 from gpurms.variable import Variable
@@ -186,10 +185,10 @@ class RMSprop(State):
         if self._counter is not None:
             self._counter.require_writeable()
         now = None
-        pointers = None if self._repeat is None else self._repeat[0].pointers(self, items)
+        pointers = None if self._repeat is None else self._repeat.pointers(self, items)
         if self._repeat is not None and pointers is not None:
             now = step.read(self, int(self._count()))
-            if now.flags == self._repeat[0].flags:
+            if now.flags == self._repeat.flags:
                 return self._again(pointers, now)
         gradients.check_items(items)
         pairs = gradients.check_pairs(self._slots, items, self.check_indices)
@@ -204,6 +203,7 @@ class RMSprop(State):
             raise RuntimeError(capture.FIRST_STEP)
         counter = self._counter or self._new_counter(pairs)
         apply = step.plan(self, pairs, now, new_slots)
+        launch = repeat.launch_of(self, items, pairs, now, apply)
 
         apply()
         for entry, slot_name, slot in new_slots:
@@ -217,14 +217,14 @@ class RMSprop(State):
             self._capture.record(pairs, apply, now, step.clip(self))
         for variable in {id(variable): variable for grad, variable in items if grad is not None}.values():
             _constrain(variable)
-        self._repeat = Repeat.of(self, items, pairs, now, apply)
+        self._repeat = None if launch is None else repeat.Repeat(self, items, pairs, now, launch)
         return self._count()
 
     def _again(self, pointers: Any, now: Step) -> np.int64:
         """A step like the one before, but for gradients and numbers."""
         assert self._repeat is not None
         assert self._counter is not None
-        self._repeat[1](pointers, now)
+        self._repeat.launch(pointers, now)
         self._counter.increment()
         return self._counter.read()
 

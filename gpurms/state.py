@@ -35,7 +35,7 @@ class State:
         self._counter: Counter | None = None
         self._batches: tuple[list[Entry], list[tuple[Backend, list[int]]]] = ([], [])
         self._capture = Capture()
-        self._repeat: Any = None  # the call before and how to launch one like it, see repeat.py
+        self._repeat: Any = None  # the call before, see repeat.py
 
     @property
     def iterations(self) -> Variable:

@@ -129,7 +129,7 @@ class GradientTape:
             if output_gradients is None:
                 start = space.ones()
             else:
-                start = tracing.library_of(value).asarray(output_gradients, dtype=space.dtype)
+                start = tracing.module_of(value).asarray(output_gradients, dtype=space.dtype)
             pending = {target._node: (start, False)}
             roots = {}
             for node in tracer.toposort(target._node):

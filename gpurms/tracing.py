@@ -83,7 +83,7 @@ def is_cupy(value: Any) -> bool:
     return home is not None and home.name == "CuPy"
 
 
-def library_of(value: Any) -> ModuleType:
+def module_of(value: Any) -> ModuleType:
     """NumPy, or CuPy for its arrays."""
     return sys.modules["cupy"] if is_cupy(value) else np
 

@@ -167,6 +167,24 @@ def test_errors_are_those_of_any_call(device):
     scene.compare()
 
 
+def test_no_memory_for_the_short_cut_changes_nothing(device, monkeypatch):
+    scene = Scene(device, clipnorm=0.5)
+
+    def fail(*arguments):
+        raise MemoryError("planted")
+
+    grads = [device.put(np.ones(x.shape, x.dtype)) for x in scene.host]
+    with monkeypatch.context() as patch:
+        patch.setattr("gpurms.kernels.cuda_norm.Repeated", fail)
+        with pytest.raises(MemoryError, match="planted"):
+            scene.opt.apply_gradients(zip(grads, scene.arrays))
+    for found, wanted in zip(scene.arrays, scene.host):
+        assert_same_bits(host(found), wanted)
+    assert scene.opt.weights == []
+    scene.step()
+    scene.step()
+
+
 def test_gradients_do_not_outlive_the_call(device):
     scene = Scene(device)
     for _ in range(3):

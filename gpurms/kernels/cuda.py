@@ -99,8 +99,6 @@ class Repeat:
             self._factors = None if clip is None else cuda_norm.Repeated(device, len(updates), clip)
         position = {id(update): i for i, update in enumerate(updates)}
         self._groups = [(group, np.array([position[id(update)] for update in group.table.updates])) for group in groups]
-        for group in groups:
-            group.kept = []  # the gradients of the step that has just been launched
         self._addresses: list[Any] = [None] * len(groups)
         if self._factors is not None:
             with cupy.cuda.Device(device):
@@ -267,17 +265,19 @@ def _plan_dense(updates: list[Update]) -> _Dense:
 
 
 class _Dense:
-    """The launches of one table. ``kept`` is what they read: it lives as long as the plan, with a graph for long."""
+    """The launches of one table. ``kept`` is what they read: until they are launched, or for as long as a graph is."""
 
     def __init__(self, table: _Table, rule: Rule, kept: list[Any]) -> None:
         self.table, self.kept = table, kept
-        self.compute, self.has_momentum = rule.compute, rule.flags.has_momentum
+        self.compute = rule.compute
         self.scalars = rule.scalars.view(scalars_type(rule.compute))
         self.live = live_scalars(rule, prepared(table.updates[0]).device)
 
     def __call__(self) -> None:
         for n_blocks, count, struct in self.table.launches:
             self.table.kernel(n_blocks, THREADS, self.scalars, self.live, count, struct)
+        if self.live is None:
+            self.kept = []
 
     def repeat(self, pointers: np.ndarray[Any, Any], factors: np.ndarray[Any, Any] | None, now: Step) -> None:
         """Launch with other gradients, clip factors (their addresses) and numbers."""

@@ -15,7 +15,7 @@ PEERS = ("torch", "jax")
 
 def main(argv: list[str]) -> int:
     for library in PEERS:
-        sys.modules[library] = None  # type: ignore[assignment]
+        sys.modules[library] = None
     process.COMMAND = [sys.executable, "-m", "tests.bench_on_cpu", "question"]
     with cupy_on_cpu():
         if argv[0] != "question":

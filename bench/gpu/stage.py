@@ -191,11 +191,11 @@ def counted() -> Iterator[list[str]]:
         names.append(self._raw.name)
         original(self, *arguments)
 
-    Kernel.__call__ = call  # type: ignore[method-assign]
+    Kernel.__call__ = call
     try:
         yield names
     finally:
-        Kernel.__call__ = original  # type: ignore[method-assign]
+        Kernel.__call__ = original
 
 
 def _host_time(ready: Ready) -> float:

@@ -98,10 +98,14 @@ _FUNCTIONS = {
 }
 
 
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The upper half of a float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def _bfloat16(modifiers: frozenset[str], target: str, source: str) -> Function | None:
     if (target, source) == ("f32", "bf16") and modifiers <= {"rn", "ftz"}:
-        widened = lambda x: (x.astype(np.uint32) << np.uint32(16)).view(np.float32)  # noqa: E731
-        return (lambda x: flush(widened(x))) if "ftz" in modifiers else widened
+        return (lambda x: flush(from_bfloat16(x))) if "ftz" in modifiers else from_bfloat16
     if (target, source) == ("bf16", "f32") and modifiers == {"rn"}:
         return to_bfloat16
     return None

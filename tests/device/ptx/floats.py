@@ -122,3 +122,8 @@ _RELATIONS: dict[str, Function] = {
     "hi": np.greater,
     "hs": np.greater_equal,
 }
+
+
+def of_flushed(test: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A comparison that takes subnormal operands for zeros."""
+    return lambda a, b: test(flush(a), flush(b))

@@ -231,8 +231,7 @@ def decode_compare(decoder: Decoder, statement: Statement) -> Step:
     if opcode.type not in FLOATS and relation == "ne":
         test = np.not_equal
     if "ftz" in opcode.modifiers and opcode.type == "f32":
-        flushed = test
-        test = lambda a, b: flushed(floats.flush(a), floats.flush(b))  # noqa: E731
+        test = floats.of_flushed(test)
     targets, a, b, *third = statement.operands
     sources = [decoder.source(statement, o, opcode.dtype) for o in (a, b)]
     combine, negate = None, False

@@ -35,7 +35,9 @@ def check_items(items: list[Any]) -> None:
             raise TypeError(f"grads_and_vars[{position}] must be a (gradient, variable) pair; got {item!r:.200}")
 
 
-def check_pairs(slots: Slots, items: list[tuple[Any, Any]], check_indices: bool) -> list[Pair]:
+def check_pairs(
+    slots: Slots, items: list[tuple[Any, Any]], check_indices: bool, dense_only: bool = False
+) -> list[Pair]:
     """Find or make the entries and check the gradients; pairs without a gradient are left out, with a warning.
 
     Raises:
@@ -56,6 +58,8 @@ def check_pairs(slots: Slots, items: list[tuple[Any, Any]], check_indices: bool)
         if grad is None:
             missing.append(label(variable, position))
         elif isinstance(grad, IndexedSlices):
+            if dense_only:
+                raise ValueError(f"{label(variable, position)}: dense_only is set; got a sparse gradient")
             pairs.append(_sparse(entry, variable, grad, position))
         else:
             pairs.append((entry, _dense(entry, variable, grad, position), None))

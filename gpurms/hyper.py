@@ -52,6 +52,13 @@ def limit(name: str, value: Any) -> float | None:
     return None if value is None else non_negative(name, value)
 
 
+def function(name: str, value: Any) -> Any:
+    """A callable, or None."""
+    if not (value is None or callable(value)):
+        raise TypeError(f"{name} must be a function or None; got {value!r}")
+    return value
+
+
 def text(name: str, value: Any) -> str:
     """A string."""
     if not isinstance(value, str):

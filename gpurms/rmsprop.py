@@ -66,6 +66,10 @@ class RMSprop(State):
         slot_dtype: type of the accumulators. Default None: float32 for 16-bit variables, else the variable's.
         check_indices: on a GPU, check the indices of sparse gradients before anything changes, at the cost of a
             synchronisation; False ignores rows out of range there. On the CPU the check is always made. Default True.
+        dense_only: refuse sparse gradients, as libraries do that would update other rows too. Default False.
+        gradient_aggregator: function of the list of (gradient, variable) pairs that returns such a list, called first
+            in each ``apply_gradients``, before clipping: see ``gpurms.distributed``. It is no part of configs. Default
+            None.
 
     Raises:
         TypeError: an unknown argument, or one of a wrong type.
@@ -109,6 +113,8 @@ class RMSprop(State):
     slot_dtype = Setting(hyper.slot_type, "Type of slots made from now on, or None.")
     check_indices = Setting(flag, "Whether sparse indices are checked on a GPU.")
     capturable = Setting(flag, "Whether a CUDA graph can capture a step.")
+    dense_only = Setting(flag, "Whether sparse gradients are refused.")
+    gradient_aggregator = Setting(hyper.function, "Function that aggregates gradients over processes, or None.")
 
     def __init__(
         self,
@@ -180,6 +186,8 @@ class RMSprop(State):
     def _apply(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None) -> np.int64:
         _check_name(name)
         items = gradients.read_items(grads_and_vars)
+        if self.gradient_aggregator is not None:
+            items = gradients.read_items(self.gradient_aggregator(items))
         if not items:
             return self._count()
         if self._counter is not None:
@@ -191,7 +199,7 @@ class RMSprop(State):
             if now.flags == self._repeat.flags:
                 return self._again(pointers, now)
         gradients.check_items(items)
-        pairs = gradients.check_pairs(self._slots, items, self.check_indices)
+        pairs = gradients.check_pairs(self._slots, items, self.check_indices, self.dense_only)
         captured = self.capturable and capture.is_capturing(pairs)
         if captured:
             capture.check(self._counter, pairs)

@@ -27,10 +27,14 @@ DEFAULTS: dict[str, Any] = {
     "slot_dtype": None,
     "check_indices": True,
     "capturable": False,
+    "dense_only": False,
+    "gradient_aggregator": None,
 }
 """Keyword arguments of ``RMSprop`` beyond those of its signature."""
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+_NEVER = ("gradient_aggregator",)
+"""Objects of the running program, which no file can hold."""
 _ALWAYS = ("learning_rate", "decay", "rho", "momentum", "epsilon", "centered")
 
 _KERAS_OFF: dict[str, tuple[Any, ...]] = {
@@ -56,7 +60,7 @@ def save(optimizer: RMSprop) -> dict[str, Any]:
         value = getattr(optimizer, key)
         if isinstance(value, np.dtype):  # by name, also because NumPy says that float64 == None
             value = value.name
-        if key not in config and value != default:
+        if key not in config and key not in _NEVER and value != default:
             config[key] = value
     return config
 

@@ -27,6 +27,7 @@ OPTIONS: dict[str, Any] = {  # option beyond those of the page -> a value that i
     "slot_dtype": "float64",
     "check_indices": False,
     "capturable": True,
+    "dense_only": True,
 }
 
 

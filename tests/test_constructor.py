@@ -28,6 +28,7 @@ OPTION_DEFAULTS: dict[str, Any] = {
     "slot_dtype": None,
     "check_indices": True,
     "capturable": False,
+    "dense_only": False,
 }
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 NOT_NEGATIVE = ("learning_rate", "lr", "epsilon", "decay", "weight_decay", *CLIPS)

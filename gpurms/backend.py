@@ -139,10 +139,11 @@ class Backend(Protocol):
         """Prepare updates of distinct variables; the function returned applies them."""
         ...
 
-    def repeat(self, plan: Any, clip: Clip | None) -> Callable[[np.ndarray[Any, Any], Step], None] | None:
-        """A function that applies other gradients, of the same types and layouts, given by their addresses.
+    def repeat(self, plan: Any, clip: Clip | None) -> Callable[..., None] | None:
+        """``f(pointers, now, factor=None)`` applies other gradients, of the same types and layouts, by their addresses.
 
-        It checks nothing but that no graph is captured. None if the library or this plan has no such short cut.
+        ``factor``: what all are multiplied by, where the flags say so and ``clip`` does not. The function checks nothing
+        but that no graph is captured. None if the library or this plan has no such short cut.
         """
         ...
 

@@ -39,7 +39,7 @@ def read(optimizer: RMSprop, iterations: int) -> Step:
     decoupled = optimizer.decoupled_weight_decay
     flags = Flags(
         clip_value=optimizer.clipvalue is not None,
-        clip_norm=optimizer.clipnorm is not None or optimizer.global_clipnorm is not None,
+        has_factor=optimizer.clipnorm is not None or optimizer.global_clipnorm is not None,
         maximize=optimizer.maximize,
         l2=weight_decay > 0 and not decoupled,
         decoupled=weight_decay > 0 and decoupled,

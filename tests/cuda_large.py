@@ -154,7 +154,7 @@ def many_ids(machine: Machine, n: int) -> None:
     workspace = Reserved(machine)
     the_rule = rule(Flags(), np.float32)
     update = Update(var.array, rms.array, None, None, the_rule, values.array, indices.array)
-    planned = cuda_rows.plan(update, cuda_rows.Tables(update), None, workspace)
+    planned = cuda_rows.plan(update, cuda_rows.Tables(update), None, None, workspace)
     keys = workspace.spaces[0].host.view(np.uint32)
     order = workspace.spaces[1].host.view(np.int32)
     keys[-100:], order[-100:] = [1] + [2] * 9 + [3] * 90, np.arange(n - 100, n)

@@ -216,7 +216,7 @@ def update_of(case: Case) -> Update:
     shape = (1000,) if case.ids is None else (n_ids, *SHAPES[case.layout])
     ids = None if case.ids is None else phony((n_ids,), case.ids)
     factors = phony((4,), rule.compute)
-    factor = cuda_norm.Factor(factors, 1, None) if case.flags.clip_norm else None
+    factor = cuda_norm.Factor(factors, 1, None) if case.flags.has_factor else None
     return Update(_array(case, var_type), **slots, rule=rule, grad=phony(shape, grad_type), indices=ids, factor=factor)
 
 

@@ -110,7 +110,7 @@ WORDS = {
     "uint64": ("uint32",),
 }
 FLAGS = {
-    *("CLIP_VALUE", "CLIP_NORM", "MAXIMIZE", "L2", "DECOUPLED", "CENTERED", "HAS_MOMENTUM", "NESTEROV", "EPS_IN_SQRT"),
+    *("CLIP_VALUE", "HAS_FACTOR", "MAXIMIZE", "L2", "DECOUPLED", "CENTERED", "HAS_MOMENTUM", "NESTEROV", "EPS_IN_SQRT"),
     *("LR_IN_MOMENTUM", "ADD_ROWS", "PACKED", "DIMS", "packed", "valid", "head", "continues", "begins", "last"),
     *("outside", "edge", "whole"),
 }
@@ -122,7 +122,7 @@ NAMES = {  # of one kind: each is taken for the next, and for the one after that
         "g factor",
     ),
     "storage.cuh": ("i j", "thread n_threads", "x y z w", "low high middle", "count tile"),
-    "multi.cu": ("var grad rms mom mg factor", "n start", "count tile", "scalars live"),
+    "multi.cu": ("var grad rms mom mg factor", "n start", "count tile", "scalars live skip"),
     "rows.cu": (
         "first place began beyond end earlier limit",
         "lane warp at",

@@ -316,7 +316,7 @@ def _plan_rows(update: Update) -> Callable[[], None]:
         add(values, order[first : ends[-1]], ends - first, factor, sums[span])
 
     pool.run(sum_range, ranges)
-    flags = rule.flags._replace(clip_value=False, clip_norm=False)  # the sums are of clipped values
+    flags = rule.flags._replace(clip_value=False, has_factor=False)  # the sums are of clipped values
     dense = chosen.dense(flags, compute, (compute, compute, compute))
     return lambda: pool.run(lambda span: _update_rows(dense, update, rows[span], sums[span]), ranges)
 

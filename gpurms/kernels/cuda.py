@@ -109,14 +109,18 @@ class Repeat:
                     for group, places in self._groups
                 ]
 
-    def __call__(self, pointers: np.ndarray[Any, Any], now: Step) -> None:
-        """Apply gradients of the types and layouts of before, with the flags of before."""
+    def __call__(self, pointers: np.ndarray[Any, Any], now: Step, factor: Mapping[Any, Any] | None = None) -> None:
+        """Apply gradients of the types and layouts of before, with the flags of before.
+
+        ``factor``: for all of them, one element by device and compute type.
+        """
         with cupy.cuda.Device(self._device):
             refuse_capture()
             if self._factors is not None:
                 self._factors(pointers)
             for (group, positions), addresses in zip(self._groups, self._addresses):
-                group.repeat(pointers[positions], addresses, now)
+                given = addresses if factor is None else int(factor[self._device, group.compute].data.ptr)
+                group.repeat(pointers[positions], given, now)
 
 
 def repeat(plan: Plan, clip: Clip | None) -> Repeat | None:
@@ -140,8 +144,8 @@ def _plan_on_device(device: int, updates: Sequence[Update]) -> list[Planned]:
                 continue
             if update.indices is not None:
                 if update.indices.size:
-                    live = live_scalars(update.rule, device)
-                    planned.append(cuda_rows.plan(update, state.tables(update), live, state.workspace))
+                    live, skip = live_scalars(update.rule, device), skip_flag(update.rule.skip, device)
+                    planned.append(cuda_rows.plan(update, state.tables(update), live, skip, state.workspace))
             elif state.addresses and update.grad.flags.c_contiguous:
                 groups.setdefault((id(update.rule), *state.types.values(), update.grad.dtype), []).append(update)
             else:
@@ -199,6 +203,11 @@ def live_scalars(rule: Rule, device: int) -> Any:
     return None if rule.live is None else rule.live[device, rule.compute]
 
 
+def skip_flag(skip: Any, device: int) -> Any:
+    """Where kernels find on the device whether the step is left out, or None: it is not."""
+    return None if skip is None else skip[device]
+
+
 # -------------------------------------------------------------------------------------------------- dense, contiguous
 
 
@@ -215,14 +224,14 @@ class _Table:
         self.updates = updates
         self.flags, self.grad_type = rule.flags, grad_type
         n_slots = len(state.slots)
-        n_columns = 2 + n_slots + rule.flags.clip_norm + 2  # var, grad, slots, factor, n, first_tile
+        n_columns = 2 + n_slots + rule.flags.has_factor + 2  # var, grad, slots, factor, n, first_tile
         self.factor_column = 2 + n_slots
         widest = parameter_bytes(state.device)
         narrow, wide = ((n_bytes - HEADER) // (8 * n_columns) for n_bytes in (4096, widest))
         capacity = narrow if len(updates) <= narrow else wide
         elements = types(rule.compute, grad_t=grad_type, **state.types)
         tile = THREADS * elements["VECTOR"]
-        parameters = (scalars_type(rule.compute), POINTER, np.int32, table_type(8 * n_columns * capacity))
+        parameters = (scalars_type(rule.compute), POINTER, POINTER, np.int32, table_type(8 * n_columns * capacity))
         macros = defines(flags(rule.flags), elements, {"THREADS": THREADS, "CAPACITY": capacity})
         self.kernel = kernel((*RULE, "multi.cu"), "multi", macros, parameters)
 
@@ -245,7 +254,7 @@ class _Table:
         """Gradients and factors of this step."""
         n = len(self.updates)
         self.words[:n, 1] = [update.grad.data.ptr for update in self.updates]
-        if self.flags.clip_norm:
+        if self.flags.has_factor:
             self.words[:n, self.factor_column] = [update.factor.address for update in self.updates]
 
     def fits(self, updates: list[Update]) -> bool:
@@ -271,20 +280,22 @@ class _Dense:
         self.table, self.kept = table, kept
         self.compute = rule.compute
         self.scalars = rule.scalars.view(scalars_type(rule.compute))
-        self.live = live_scalars(rule, prepared(table.updates[0]).device)
+        self.device = prepared(table.updates[0]).device
+        self.live, self.skip = live_scalars(rule, self.device), skip_flag(rule.skip, self.device)
 
     def __call__(self) -> None:
         for n_blocks, count, struct in self.table.launches:
-            self.table.kernel(n_blocks, THREADS, self.scalars, self.live, count, struct)
+            self.table.kernel(n_blocks, THREADS, self.scalars, self.live, self.skip, count, struct)
         if self.live is None:
-            self.kept = []
+            self.kept, self.skip = [], None
 
-    def repeat(self, pointers: np.ndarray[Any, Any], factors: np.ndarray[Any, Any] | None, now: Step) -> None:
-        """Launch with other gradients, clip factors (their addresses) and numbers."""
+    def repeat(self, pointers: np.ndarray[Any, Any], factors: np.ndarray[Any, Any] | int | None, now: Step) -> None:
+        """Launch with other gradients, factors (their addresses) and numbers."""
         self.table.words[: pointers.size, 1] = pointers
         if factors is not None:
             self.table.words[: pointers.size, self.table.factor_column] = factors
         self.scalars = now.scalars(self.compute).view(scalars_type(self.compute))
+        self.skip = skip_flag(now.skip, self.device)
         self()
 
 
@@ -300,15 +311,18 @@ def _plan_strided(update: Update) -> Planned:
     readable = {"grad": update.grad, **written}
     macros = {f"{name}_t": TYPES[array.dtype.name] for name, array in readable.items()}
     live = live_scalars(rule, prepared(update).device)
-    raw = {"factor": update.factor.view} if rule.flags.clip_norm else {}
+    skip = skip_flag(rule.skip, prepared(update).device)
+    raw = {"factor": update.factor.view} if rule.flags.has_factor else {}
     raw |= {} if live is None else {"live": live}
+    raw |= {} if skip is None else {"skip": skip}
     scalars = {} if live is not None else dict(zip(SCALARS, rule.scalars))
 
-    inputs = [f"{_plain_type(update.grad)} grad", *(f"raw {rule.compute.name} {name}" for name in raw)]
+    inputs = [f"{_plain_type(update.grad)} grad", *(f"raw {array.dtype} {name}" for name, array in raw.items())]
     inputs += [f"{rule.compute.name} {name}" for name in scalars]
     outputs = [f"{_plain_type(array)} {name}" for name, array in written.items()]
     numbers = [f"live[{i}]" for i in range(len(SCALARS))] if live is not None else SCALARS
-    lines = ["using namespace gpurms;", f"Scalars s = {{{', '.join(numbers)}}};"]
+    lines = [] if skip is None else ["if (skip[0] != 0) return;"]
+    lines += ["using namespace gpurms;", f"Scalars s = {{{', '.join(numbers)}}};"]
     lines += [
         f"{compute} {name}_ = {f'widen(reinterpret_cast<const {name}_t&>({name}))' if name in readable else 0};"
         for name in ("grad", *names)

@@ -160,8 +160,11 @@ def _has_plain_rows(array: Any) -> bool:
     return bool(array[:1].flags.c_contiguous)
 
 
-def plan(update: Update, tables: Tables, live: Any, workspace: Workspace) -> Planned:
-    """Sort, sum and update, in a few launches, none of which depends on what the ids are."""
+def plan(update: Update, tables: Tables, live: Any, skip: Any, workspace: Workspace) -> Planned:
+    """Sort, sum and update, in a few launches, none of which depends on what the ids are.
+
+    ``live`` and ``skip`` are those of the rule on the device.
+    """
     rule = update.rule
     n, n_rows, row_size = update.indices.size, update.var.shape[0], tables.row_size
     if n > MAX_IDS:
@@ -181,14 +184,15 @@ def plan(update: Update, tables: Tables, live: Any, workspace: Workspace) -> Pla
     sizes_of["ADD_ROWS"] = int(update.rms is None)
     sizes_of["key_t"] = "unsigned int" if key == np.uint32 else "unsigned long long"
     n_units = -(-n // 32) * -(-row_size // (group * vector))
-    return _Rows(rule, tables, sort, (values, update.factor, memory), live, elements | sizes_of, group, n_units, sums)
+    read = (values, update.factor, memory, live, skip)
+    return _Rows(rule, tables, sort, read, elements | sizes_of, group, n_units, sums)
 
 
 def add_rows(var: Any, indices: Any, values: Any, compute: np.dtype[Any]) -> None:
     """Sums of values onto the rows of an array, with the sums of a sparse update."""
     rule = Rule(Flags(), np.zeros(len(SCALARS), compute))
     update = Update(var, None, None, None, rule, values, indices)
-    plan(update, Tables(update), None, Workspace())()
+    plan(update, Tables(update), None, None, Workspace())()
 
 
 def _group(row_size: int, vector: int) -> int:
@@ -200,37 +204,37 @@ class _Rows:
     """The launches of one sparse gradient."""
 
     def __init__(
-        self, rule: Rule, tables: Tables, sort: _Sort, read: tuple[Any, ...], live: Any,
-        macros: dict[str, Any], group: int, n_units: int, sums: int,
+        self, rule: Rule, tables: Tables, sort: _Sort, read: tuple[Any, ...], macros: dict[str, Any],
+        group: int, n_units: int, sums: int,
     ) -> None:  # fmt: skip
         self.sort, self.tables, self.read, self.group, self.sums = sort, tables, read, group, sums
         self.n = sort.ids.size
         self.n_blocks = min(-(-n_units // WARPS), MAX_BLOCKS)
-        self.scalars, self.live = rule.scalars.view(scalars_type(rule.compute)), live
+        self.scalars = rule.scalars.view(scalars_type(rule.compute))
         all_macros = defines(flags(rule.flags), macros)
         scalars, table = scalars_type(rule.compute), tables.struct.dtype
         self.update = kernel(
             ROWS, "update_rows", all_macros,
-            (scalars, *[POINTER] * 5, np.int32, np.int32, POINTER, table),
+            (scalars, *[POINTER] * 6, np.int32, np.int32, POINTER, table),
         )  # fmt: skip
         self.combine = kernel(
             ROWS, "combine_sums", all_macros,
-            (scalars, POINTER, POINTER, np.int32, np.int32, np.int32, POINTER, table),
+            (scalars, *[POINTER] * 3, np.int32, np.int32, np.int32, POINTER, table),
         )  # fmt: skip
         self.update.compile()
         if self.n > FAN_IN:
             self.combine.compile()
 
     def __call__(self) -> None:
-        values, factor, _ = self.read
+        values, factor, _, live, skip = self.read
         threads, n, keys = 32 * WARPS, self.n, self.sort.keys
-        scalars, live, group, table = self.scalars, self.live, self.group, self.tables.struct
+        numbers, group, table = (self.scalars, live, skip), self.group, self.tables.struct
         at = None if factor is None else factor.address
         self.sort()
         self.update(
-            self.n_blocks, threads, scalars, live, at, values, keys, self.sort.order, n, group, self.sums, table
+            self.n_blocks, threads, *numbers, at, values, keys, self.sort.order, n, group, self.sums, table
         )
         span = FAN_IN
         while span < n:
-            self.combine(self.n_blocks, threads, scalars, live, keys, n, span, group, self.sums, table)
+            self.combine(self.n_blocks, threads, *numbers, keys, n, span, group, self.sums, table)
             span *= FAN_IN

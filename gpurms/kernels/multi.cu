@@ -14,7 +14,7 @@ struct Tensor {
 #if CENTERED
     mg_t* mg;
 #endif
-#if CLIP_NORM
+#if HAS_FACTOR
     const compute_t* factor;
 #endif
     int64 n;
@@ -39,7 +39,7 @@ template <bool PACKED> __device__ __forceinline__ void update_tile(const Tensor&
 #if CENTERED
     read<PACKED>(t.mg + start, n, threadIdx.x, THREADS, mg);
 #endif
-#if CLIP_NORM
+#if HAS_FACTOR
     factor = *t.factor;
 #endif
 
@@ -69,10 +69,13 @@ __device__ __forceinline__ bool aligned(const Tensor& t)
     return bits % 16 == 0;
 }
 
-// `live`, if given, holds the scalars on the device, where a replayed graph finds those of its step.
+// `live`, if given, holds the scalars on the device, where a replayed graph finds those of its step. `skip`, if given,
+// is where the device knows whether the step is left out: if it holds anything but 0.
 extern "C" __global__ void __launch_bounds__(THREADS) multi(
-    const Scalars scalars, const Scalars* live, int count, GRID_CONSTANT const Table table)
+    const Scalars scalars, const Scalars* live, const float* skip, int count, GRID_CONSTANT const Table table)
 {
+    if (skip && *skip != 0)
+        return;
     const Tensor& t = find(table.tensors, count, blockIdx.x);
     const Scalars s = live ? *live : scalars;
     int64 start = (blockIdx.x - t.first_tile) * (THREADS * VECTOR);

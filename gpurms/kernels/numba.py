@@ -35,13 +35,13 @@ LEVELS = 8  # of sums by 32: more than 2**40 occurrences of one row
 @inline
 def load(on, g, factor, clipvalue):
     """One gradient value as the rule takes it: limited to [-clipvalue, clipvalue] and times the clip factor."""
-    clip_value, clip_norm = on[0], on[1]
+    clip_value, has_factor = on[0], on[1]
     if clip_value:
         if g > clipvalue:
             g = clipvalue
         elif g < -clipvalue:
             g = -clipvalue
-    if clip_norm:
+    if has_factor:
         g = g * factor
     return g
 
@@ -291,7 +291,7 @@ def rows(rule: Rule, storages: Types) -> Callable[..., None]:
     compute, scalars = rule.compute, rule.scalars
     var_type, value_type, slot_type = storages
     add = row_sums(rule, value_type)
-    unclipped = rule.flags._replace(clip_value=False, clip_norm=False)  # the sums are of clipped values
+    unclipped = rule.flags._replace(clip_value=False, has_factor=False)  # the sums are of clipped values
     with compiling:
         kernel = _update_rows(tuple(unclipped), compute, (var_type, compute, slot_type))
 

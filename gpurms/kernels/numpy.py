@@ -62,7 +62,7 @@ def update(on: Flags, var: Array, grad: Array, rms: Array, mom: Array, mg: Array
         g = grad
         if on.clip_value:
             g = clamp(g, clipvalue, a)
-        if on.clip_norm:
+        if on.has_factor:
             g = np.multiply(g, factor, out=a)
         if on.maximize:
             g = np.negative(g, out=a)
@@ -123,7 +123,7 @@ def load(values: Array, rule: Rule, factor: Any) -> Array:
     values = values.astype(rule.compute)
     if rule.flags.clip_value:
         clamp(values, rule.scalars[-1], values)
-    if rule.flags.clip_norm:
+    if rule.flags.has_factor:
         values *= factor
     return values
 

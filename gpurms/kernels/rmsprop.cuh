@@ -8,7 +8,7 @@ struct Scalars {
     compute_t lr, one_minus_rho, momentum, epsilon, weight_decay, lr_weight_decay, clipvalue;
 };
 
-// One gradient value as the rule takes it: limited to [-clipvalue, clipvalue] and times the clip factor.
+// One gradient value as the rule takes it: limited to [-clipvalue, clipvalue] and times a factor.
 __device__ __forceinline__ compute_t load(compute_t g, compute_t factor, const Scalars& s)
 {
     if (CLIP_VALUE) {
@@ -17,7 +17,7 @@ __device__ __forceinline__ compute_t load(compute_t g, compute_t factor, const S
         else if (g < -s.clipvalue)
             g = -s.clipvalue;
     }
-    if (CLIP_NORM)
+    if (HAS_FACTOR)
         g = g * factor;
     return g;
 }

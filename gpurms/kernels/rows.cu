@@ -243,9 +243,11 @@ __device__ __forceinline__ void for_runs(const Sorted& sorted, const Table& tabl
 // The first launch: sums of values; rows that occur up to 32 times are done. The values are clipped here, before they
 // are summed; `clipped` are scalars and `factor` for that.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) update_rows(
-    const Scalars scalars, const Scalars* live, const compute_t* factor, const grad_t* values, const key_t* keys,
-    const int* order, int n, int group, compute_t* sums, GRID_CONSTANT const Table table)
+    const Scalars scalars, const Scalars* live, const float* skip, const compute_t* factor, const grad_t* values,
+    const key_t* keys, const int* order, int n, int group, compute_t* sums, GRID_CONSTANT const Table table)
 {
+    if (skip && *skip != 0)
+        return;
     const Scalars s = live ? *live : scalars;
     const compute_t f = factor ? *factor : compute_t(1);
     int64 row_size = table.row_size;
@@ -265,9 +267,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) update_rows
 
 // The launches after that, with span = 32, 32 * 32, ...: sums of sums; rows of up to 32 * span occurrences are done.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) combine_sums(
-    const Scalars scalars, const Scalars* live, const key_t* keys, int n, int span, int group, compute_t* sums,
-    GRID_CONSTANT const Table table)
+    const Scalars scalars, const Scalars* live, const float* skip, const key_t* keys, int n, int span, int group,
+    compute_t* sums, GRID_CONSTANT const Table table)
 {
+    if (skip && *skip != 0)
+        return;
     const Scalars s = live ? *live : scalars;
     int64 row_size = table.row_size;
     int thread = threadIdx.x % group;

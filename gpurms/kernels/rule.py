@@ -17,10 +17,13 @@ SCALARS = ("lr", "one_minus_rho", "momentum", "epsilon", "weight_decay", "lr_wei
 
 
 class Flags(NamedTuple):
-    """Which terms of the update are on. Hashable: one compiled kernel per value."""
+    """Which terms of the update are on. Hashable: one compiled kernel per value.
+
+    ``has_factor``: gradients are multiplied by a factor, which clips their norm or undoes the scale of a loss.
+    """
 
     clip_value: bool = False
-    clip_norm: bool = False
+    has_factor: bool = False
     maximize: bool = False
     l2: bool = False
     decoupled: bool = False
@@ -34,12 +37,14 @@ class Flags(NamedTuple):
 class Rule(NamedTuple):
     """The update of one step in one compute type: ``flags`` and ``scalars``, shape (7,), rounded to that type.
 
-    ``live`` is where a capturable optimizer keeps the scalars on GPUs, for graphs to read them; None elsewhere.
+    ``live`` is where a capturable optimizer keeps the scalars on GPUs, for graphs to read them; ``skip`` holds one
+    float32 per GPU, which leaves out the step unless it is 0. Both are by device, and None elsewhere.
     """
 
     flags: Flags
     scalars: np.ndarray[Any, np.dtype[np.floating[Any]]]
     live: Any = None
+    skip: Any = None
 
     @property
     def compute(self) -> np.dtype[np.floating[Any]]:
@@ -59,6 +64,7 @@ class Step:
     clipvalue: float | None
     flags: Flags
     live: Any = None
+    skip: Any = None
 
     def scalars(self, compute: np.dtype[Any]) -> np.ndarray[Any, Any]:
         """The scalars in the order of ``SCALARS``.
@@ -80,7 +86,7 @@ class Step:
     def rule(self, compute: np.dtype[Any], has_momentum: bool) -> Rule:
         """The rule for variables of one compute type, with or without a momentum slot."""
         flags = self.flags._replace(has_momentum=has_momentum, nesterov=self.flags.nesterov and has_momentum)
-        return Rule(flags, self.scalars(compute), self.live)
+        return Rule(flags, self.scalars(compute), self.live, self.skip)
 
 
 @dataclass(slots=True, eq=False)
@@ -88,7 +94,7 @@ class Update:
     """One variable's share of a call. All arrays belong to one library; a slot the rule does not use is None.
 
     Dense: ``grad`` has the variable's shape and ``indices`` is None. Sparse: ``grad`` holds the values, of shape
-    ``indices.shape + var.shape[1:]``. ``factor`` is the clip factor, a scalar of the compute type, or None.
+    ``indices.shape + var.shape[1:]``. ``factor`` is that of ``has_factor``, a scalar of the compute type, or None.
 
     ``var`` and the slots stay the same from step to step, and so does the object; ``prepared`` is what the library
     has made of them.

@@ -108,6 +108,7 @@ CASES: dict[str, list[Case]] = {
         dense.plain_variables,
         dense.replayed_variables,
         dense.packed_tiles,
+        dense.left_out,
         *LARGE_DENSE,
     ],
     "rows.cu": [
@@ -120,6 +121,7 @@ CASES: dict[str, list[Case]] = {
         dense.replayed_rows,
         rows.rows_at_edges,
         rows.one_place_in_the_last_warp,
+        rows.left_out,
         rows.hottest_row,
         *LARGE_ROWS,
         rows.hottest,

@@ -25,7 +25,7 @@ def segments(lengths: list[int], n_rows: int, seed: int = 0) -> np.ndarray:
 
 def sparse(
     flags: Flags, shape: tuple[int, ...], ids: np.ndarray, *, layout: Callable[[Any], Any] = lambda x: x,
-    blocks: int | None = None, past: int = 0,
+    blocks: int | None = None, past: int = 0, skip: float | None = None,
 ) -> None:  # fmt: skip
     """One step on some rows of a table."""
     rng = np.random.default_rng(1)
@@ -39,14 +39,23 @@ def sparse(
     with device(), mock.patch.object(cuda_rows, "MAX_BLOCKS", blocks or cuda_rows.MAX_BLOCKS):
         there = {name: layout(shifted(array, past)) for name, array in host.items()}
         factors = cupy.array(np.array([3.0, 0.6], np.float32))
-        placed = cuda_norm.Factor(factors, 1, None) if flags.clip_norm else None
+        placed = cuda_norm.Factor(factors, 1, None) if flags.has_factor else None
+        if skip is not None:
+            the_rule = the_rule._replace(skip={0: cupy.array([skip], np.float32)})
         got = Update(**there, **none, rule=the_rule, grad=cupy.array(values), indices=cupy.array(ids), factor=placed)
         update_on_gpu([got])
-        factor = np.float32(0.6) if flags.clip_norm else None
+        factor = np.float32(0.6) if flags.has_factor else None
         chosen = {"grad": values[inside], "indices": ids[inside], "factor": factor}
         want = Update(**{k: v.copy() for k, v in host.items()}, **none, rule=the_rule, **chosen)
-        update_on_cpu([want])
+        if not skip:
+            update_on_cpu([want])
         assert_updated(got, want)
+
+
+def left_out() -> None:
+    """The device knows whether the step happens: rows of few values, and of many."""
+    for skip in (0.0, 1.0, -2.0):
+        sparse(Flags(), (4, 3), segments([1, 2, 40], 4), skip=skip)
 
 
 def strided(array: Any) -> Any:
@@ -62,7 +71,7 @@ def hot_rows() -> None:
     """Three levels of sums; rows of one, two, 31, 32, 33 and more values; one block takes several turns."""
     lengths = [1] * 41 + [2] * 9 + [31, 32, 33, 34, 63, 64, 65, 96, 97, 1024, 1025, 1089]
     ids = segments(lengths, 100)
-    sparse(Flags(has_momentum=True, centered=True, clip_norm=True, clip_value=True), (100, 3), ids, blocks=5)
+    sparse(Flags(has_momentum=True, centered=True, has_factor=True, clip_value=True), (100, 3), ids, blocks=5)
 
 
 def hottest_row() -> None:

@@ -139,11 +139,22 @@ class Backend(Protocol):
         """Prepare updates of distinct variables; the function returned applies them."""
         ...
 
-    def repeat(self, plan: Any, clip: Clip | None) -> Callable[..., None] | None:
-        """``f(pointers, now, factor=None)`` applies other gradients, of the same types and layouts, by their addresses.
+    def repeat(self, plan: Any, clip: Clip | None) -> Callable[[np.ndarray[Any, Any], Step], None] | None:
+        """A function that applies other gradients, of the same types and layouts, given by their addresses.
 
-        ``factor``: what all are multiplied by, where the flags say so and ``clip`` does not. The function checks nothing
-        but that no graph is captured. None if the library or this plan has no such short cut.
+        It checks nothing but that no graph is captured. None if the library or this plan has no such short cut.
+        """
+        ...
+
+    def plan_unsent(self, updates: Sequence[Update]) -> Callable[[], None]:
+        """``plan`` for callers who send live scalars themselves, and who know what may be captured."""
+        ...
+
+    def by_address(self, updates: Sequence[Update]) -> Callable[..., None] | None:
+        """``f(pointers, now, factor=None)`` applies dense gradients like these, by their addresses, one per update.
+
+        ``factor``: what all are multiplied by, where the flags say so; on a GPU by device and compute type. None if the
+        library does not take these arrays so.
         """
         ...
 

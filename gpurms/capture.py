@@ -42,6 +42,10 @@ class Capture:
                 f"may change, and none of them from or to 0: captured {self._settings}, now {(now.flags, clip)}"
             )
         home = backend.require(next(iter(self.live.values())))
+        if any(home.is_capturing(device) for device, _ in self.live):
+            raise RuntimeError(
+                "a replay cannot be prepared while a graph is captured"
+            )  # which would send the same again
         home.send_scalars(self.live, now.scalars)
 
     def recount(self, counter: Counter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import cupy
@@ -25,6 +26,8 @@ class CuPy:
     name = "CuPy"
     plan = staticmethod(cuda.Plan)
     repeat = staticmethod(cuda.repeat)
+    by_address = staticmethod(cuda.by_address)
+    plan_unsent = staticmethod(partial(cuda.Plan, sends=False))
 
     def __init__(self) -> None:
         if not cupy.cuda.is_available():

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpurms.clipping import Clip
 from gpurms.clipping import factor as clip_factor
-from gpurms.kernels import cpu
+from gpurms.kernels import cpu, cpu_table
 from gpurms.place import Place
 
 Array = np.ndarray[Any, Any]
@@ -22,9 +22,12 @@ class NumPy:
 
     name = "NumPy"
     plan = staticmethod(cpu.plan)
+    plan_unsent = staticmethod(cpu.plan)
+
+    by_address = staticmethod(cpu_table.by_address)
 
     def repeat(self, plan: Callable[[], None], clip: Clip | None) -> None:
-        """None: each step cuts its gradients into blocks anew."""
+        """None: an array's address costs more than what could be spared."""
 
     def square_sums(
         self, grads: Sequence[Array], computes: Sequence[np.dtype[Any]], clipvalue: float | None

@@ -39,10 +39,14 @@ Types = tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any]]  # of variable, gradi
 
 
 class Engine(Protocol):
-    """What ``numpy.py`` and ``numba.py`` provide. ``rows`` is None where sums and update are separate passes."""
+    """What ``numpy.py`` and ``numba.py`` provide.
+
+    ``multi`` is None where arrays are not taken by address, ``rows`` where sums and update are separate passes.
+    """
 
     storage: Callable[[np.dtype[Any], np.dtype[Any]], np.dtype[Any] | None]
     dense: Callable[[Flags, np.dtype[Any], Types], Callable[..., None]]
+    multi: Callable[[Flags, np.dtype[Any], Types], Callable[..., None]] | None
     row_sums: Callable[[Rule, np.dtype[Any]], Callable[..., None]]
     rows: Callable[[Rule, Types], Callable[..., None]] | None
     sort_rows: Callable[[Array, Workspace], tuple[Array, Array, Array]]
@@ -143,9 +147,9 @@ def _plan_dense(updates: Sequence[Update]) -> Callable[[], None]:
     chunks: list[Unit] = []
     for update in updates:
         rule = update.rule
-        state = _prepared(update, chosen)
+        state = prepared(update, chosen)
         factor = state.one if update.factor is None else update.factor
-        grad = _flat(update.grad, state.compute, chosen) if state.views else None
+        grad = flat(update.grad, state.compute, chosen) if state.views else None
         key = (id(rule), state.key, None if grad is None else grad.dtype)
         kernel = kernels.get(key)
         if kernel is None:
@@ -174,7 +178,7 @@ def _plan_dense(updates: Sequence[Update]) -> Callable[[], None]:
     return apply
 
 
-class _State:
+class State:
     """What stays the same from step to step: variable and slots as an engine takes them.
 
     ``views`` are 1-D and of the engine's types; empty if one of the arrays is strided, unaligned or of another type.
@@ -189,7 +193,7 @@ class _State:
         self.workspace = Workspace()
         self.size: int = update.var.size
         slots = [slot for slot in (update.rms, update.mom, update.mg) if slot is not None]
-        views = [_flat(array, compute, chosen) for array in (update.var, *slots)]
+        views = [flat(array, compute, chosen) for array in (update.var, *slots)]
         types = {slot.dtype for slot in slots}
         self.views: tuple[Array, ...] = ()
         self.key: Any = None
@@ -209,17 +213,18 @@ class _State:
         return var.dtype, grad.dtype, rms.dtype
 
 
-def _prepared(update: Update, chosen: Engine) -> _State:
-    state: _State | None = update.prepared
+def prepared(update: Update, chosen: Engine) -> State:
+    """The state of an update, made at its first step."""
+    state: State | None = update.prepared
     if state is None or state.engine is not chosen:
-        state = update.prepared = _State(update, chosen)
+        state = update.prepared = State(update, chosen)
     return state
 
 
 _ABSENT: dict[np.dtype[Any], Array] = {FLOAT32: np.empty(0, FLOAT32), FLOAT64: np.empty(0, FLOAT64)}
 
 
-def _flat(array: Array, compute: np.dtype[Any], chosen: Engine) -> Array | None:
+def flat(array: Array, compute: np.dtype[Any], chosen: Engine) -> Array | None:
     """A 1-D view of a contiguous, aligned array of a type that the engine takes, or None."""
     flags = array.flags
     if not flags.c_contiguous or not flags.aligned:
@@ -287,11 +292,11 @@ def _plan_rows(update: Update) -> Callable[[], None]:
     rule, chosen = update.rule, engine()
     compute = rule.compute
     factor = compute.type(1) if update.factor is None else update.factor
-    state = _prepared(update, chosen)
+    state = prepared(update, chosen)
     order, rows, starts = chosen.sort_rows(update.indices, state.workspace)
     row_size = update.var.size // update.var.shape[0]
     ranges = _row_ranges(starts, row_size)
-    values = _flat(update.grad, compute, chosen)
+    values = flat(update.grad, compute, chosen)
     if values is None:
         with np.errstate(all="ignore"):
             values = np.ascontiguousarray(update.grad.astype(compute)).reshape(-1)

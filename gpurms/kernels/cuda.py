@@ -73,14 +73,18 @@ def prepared(update: Update) -> State:
 
 
 class Plan:
-    """All that the updates of a call need, compiled and allocated; called, it launches."""
+    """All that the updates of a call need, compiled and allocated; called, it launches.
 
-    def __init__(self, updates: Sequence[Update]) -> None:
+    ``sends``: it brings live scalars to the devices first, except while a graph is captured, and refuses to be captured
+    where there are none. Else all that is the caller's.
+    """
+
+    def __init__(self, updates: Sequence[Update], sends: bool = True) -> None:
         by_device: dict[int, list[Update]] = {}
         for update in updates:
             by_device.setdefault(prepared(update).device, []).append(update)
         self.updates = updates
-        self.planned = [(device, _plan_on_device(device, some)) for device, some in by_device.items()]
+        self.planned = [(device, _plan_on_device(device, some, sends)) for device, some in by_device.items()]
 
     def __call__(self) -> None:
         """Launch, on each device's current stream."""
@@ -109,18 +113,14 @@ class Repeat:
                     for group, places in self._groups
                 ]
 
-    def __call__(self, pointers: np.ndarray[Any, Any], now: Step, factor: Mapping[Any, Any] | None = None) -> None:
-        """Apply gradients of the types and layouts of before, with the flags of before.
-
-        ``factor``: for all of them, one element by device and compute type.
-        """
+    def __call__(self, pointers: np.ndarray[Any, Any], now: Step) -> None:
+        """Apply gradients of the types and layouts of before, with the flags of before."""
         with cupy.cuda.Device(self._device):
             refuse_capture()
             if self._factors is not None:
                 self._factors(pointers)
             for (group, positions), addresses in zip(self._groups, self._addresses):
-                given = addresses if factor is None else int(factor[self._device, group.compute].data.ptr)
-                group.repeat(pointers[positions], given, now)
+                group.repeat(pointers[positions], addresses, now)
 
 
 def repeat(plan: Plan, clip: Clip | None) -> Repeat | None:
@@ -133,9 +133,40 @@ def repeat(plan: Plan, clip: Clip | None) -> Repeat | None:
     return Repeat(device, plan.updates, groups, clip) if len(groups) == len(planned) and n_taken else None
 
 
-def _plan_on_device(device: int, updates: Sequence[Update]) -> list[Planned]:
+def by_address(updates: Sequence[Update]) -> Callable[..., None] | None:
+    """``f(pointers, now, factor=None)`` applies dense gradients of the types and layouts of these, by their addresses.
+
+    ``pointers``: of each update's gradient, int64. ``factor``: by (device, compute type) the array of one element by
+    which all are multiplied, where the flags of ``now`` say so. ``now.live`` holds the scalars if it is given. One
+    launch per device, types and rule, which may be captured. None for updates that are not contiguous.
+    """
+    places: dict[Any, list[int]] = {}
+    for i, update in enumerate(updates):
+        state = prepared(update)
+        if not state.addresses or not update.grad.flags.c_contiguous:
+            return None
+        if state.n:
+            key = (state.device, update.rule.flags, update.rule.compute, *state.types.values(), update.grad.dtype)
+            places.setdefault(key, []).append(i)
+    groups = []
+    for (device, *_), at in places.items():
+        with cupy.cuda.Device(device):
+            table = _Table([updates[i] for i in at])
+            table.kernel.compile()
+            groups.append((_Dense(table, updates[at[0]].rule, []), np.array(at)))
+
+    def apply(pointers: np.ndarray[Any, Any], now: Step, factor: Mapping[Any, Any] | None = None) -> None:
+        for group, at in groups:
+            given = None if factor is None else int(factor[group.device, group.compute].data.ptr)
+            with cupy.cuda.Device(group.device):
+                group.repeat(pointers[at], given, now)
+
+    return apply
+
+
+def _plan_on_device(device: int, updates: Sequence[Update], sends: bool) -> list[Planned]:
     with cupy.cuda.Device(device):
-        planned = list(_send_scalars(device, updates))
+        planned = list(_send_scalars(device, updates)) if sends else []
         strided: list[Planned] = []
         groups: dict[Any, list[Update]] = {}
         for update in updates:
@@ -144,7 +175,8 @@ def _plan_on_device(device: int, updates: Sequence[Update]) -> list[Planned]:
                 continue
             if update.indices is not None:
                 if update.indices.size:
-                    live, skip = live_scalars(update.rule, device), skip_flag(update.rule.skip, device)
+                    rule = update.rule
+                    live, skip = live_scalars(rule.live, device, rule.compute), skip_flag(rule.skip, device)
                     planned.append(cuda_rows.plan(update, state.tables(update), live, skip, state.workspace))
             elif state.addresses and update.grad.flags.c_contiguous:
                 groups.setdefault((id(update.rule), *state.types.values(), update.grad.dtype), []).append(update)
@@ -186,21 +218,15 @@ def _sending(scalars: np.ndarray[Any, Any], live: Any) -> Planned:
 
 
 def send_scalars(live: Mapping[Any, Any], scalars_of: Callable[[np.dtype[Any]], np.ndarray[Any, Any]]) -> None:
-    """Write the scalars of each compute type to every place where steps read them.
-
-    Raises:
-        RuntimeError: a graph is being captured, which would write the same numbers at every replay.
-    """
+    """Write the scalars of each compute type to every place where steps read them."""
     for (device, compute), array in live.items():
         with cupy.cuda.Device(device):
-            if is_capturing():
-                raise RuntimeError("a replay cannot be prepared while a graph is captured")
             _sending(scalars_of(compute), array)()
 
 
-def live_scalars(rule: Rule, device: int) -> Any:
-    """Where kernels find the rule's scalars on the device, or None: among their parameters."""
-    return None if rule.live is None else rule.live[device, rule.compute]
+def live_scalars(live: Any, device: int, compute: np.dtype[Any]) -> Any:
+    """Where kernels find the scalars on the device, or None: among their parameters."""
+    return None if live is None else live[device, compute]
 
 
 def skip_flag(skip: Any, device: int) -> Any:
@@ -281,7 +307,7 @@ class _Dense:
         self.compute = rule.compute
         self.scalars = rule.scalars.view(scalars_type(rule.compute))
         self.device = prepared(table.updates[0]).device
-        self.live, self.skip = live_scalars(rule, self.device), skip_flag(rule.skip, self.device)
+        self.live, self.skip = live_scalars(rule.live, self.device, rule.compute), skip_flag(rule.skip, self.device)
 
     def __call__(self) -> None:
         for n_blocks, count, struct in self.table.launches:
@@ -295,7 +321,7 @@ class _Dense:
         if factors is not None:
             self.table.words[: pointers.size, self.table.factor_column] = factors
         self.scalars = now.scalars(self.compute).view(scalars_type(self.compute))
-        self.skip = skip_flag(now.skip, self.device)
+        self.live, self.skip = live_scalars(now.live, self.device, self.compute), skip_flag(now.skip, self.device)
         self()
 
 
@@ -310,7 +336,7 @@ def _plan_strided(update: Update) -> Planned:
     compute = TYPES[rule.compute.name]
     readable = {"grad": update.grad, **written}
     macros = {f"{name}_t": TYPES[array.dtype.name] for name, array in readable.items()}
-    live = live_scalars(rule, prepared(update).device)
+    live = live_scalars(rule.live, prepared(update).device, rule.compute)
     skip = skip_flag(rule.skip, prepared(update).device)
     raw = {"factor": update.factor.view} if rule.flags.has_factor else {}
     raw |= {} if live is None else {"live": live}

@@ -231,9 +231,7 @@ class _Rows:
         numbers, group, table = (self.scalars, live, skip), self.group, self.tables.struct
         at = None if factor is None else factor.address
         self.sort()
-        self.update(
-            self.n_blocks, threads, *numbers, at, values, keys, self.sort.order, n, group, self.sums, table
-        )
+        self.update(self.n_blocks, threads, *numbers, at, values, keys, self.sort.order, n, group, self.sums, table)
         span = FAN_IN
         while span < n:
             self.combine(self.n_blocks, threads, *numbers, keys, n, span, group, self.sums, table)

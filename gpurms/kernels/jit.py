@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba import types
+from numba import carray, types  # type: ignore[attr-defined]  # which Numba exports by a list of strings
+from numba.extending import intrinsic
 
 from gpurms.kernels import pool
 
@@ -48,6 +49,22 @@ def _spell(part: Any) -> str:
 def inline(function: Any) -> Any:
     """For the bodies of the loops: LLVM inlines them into each kernel and folds the flags ``on``, constants there."""
     return numba.njit(error_model="numpy", forceinline=True)(function)
+
+
+@intrinsic
+def _pointer(context, address, like):
+    """An address as a pointer to elements of an array like ``like``."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), generate
+
+
+@inline
+def array_at(address, n, like):
+    """The 1-D array of n elements at an address, of the type of ``like``."""
+    return carray(_pointer(address, like), (n,))  # type: ignore[call-arg]  # Numba passes the context
 
 
 def contiguous(dtype: Any, ndim: int = 1, readonly: bool = False) -> types.Array:

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from numba import types
 
-from gpurms.kernels.jit import compiling, contiguous, inline, jit
+from gpurms.kernels.jit import array_at, compiling, contiguous, inline, jit
 from gpurms.kernels.numpy import FAN_IN, LANES, Array
 from gpurms.kernels.prefetch import prefetch_row
 from gpurms.kernels.radix import sort_rows as sort_rows
@@ -195,6 +195,48 @@ def dense(flags: Flags, compute: np.dtype[Any], storages: Types) -> Callable[...
     """
     with compiling:
         kernel: Callable[..., None] = _dense(tuple(flags), compute, storages)
+    return kernel
+
+
+@cache
+def _multi(flags: tuple[bool, ...], compute: np.dtype[Any], storages: Types) -> Any:
+    centered, has_momentum = flags[5], flags[6]
+    scalar = numba.from_dtype(compute)
+    like_var, like_grad, like_slot = (np.empty(0, storage) for storage in storages)
+    var_type, grad_type, slot_type = (contiguous(numba.from_dtype(storage)) for storage in storages)
+    table = contiguous(types.int64, 2)
+    signature = types.void(table, types.intp, types.intp, scalar, contiguous(scalar), var_type, grad_type, slot_type)
+
+    @jit(signature, flags, (compute, *storages))
+    def multi(table, first, last, factor, scalars, like_var, like_grad, like_slot):
+        for i in range(first, last):
+            n = table[i, 5]
+            rms = array_at(table[i, 2], n, like_slot)
+            update_all(
+                flags,
+                array_at(table[i, 0], n, like_var),
+                array_at(table[i, 1], n, like_grad),
+                rms,
+                array_at(table[i, 3], n, like_slot) if has_momentum else rms,
+                array_at(table[i, 4], n, like_slot) if centered else rms,
+                factor,
+                scalars,
+            )
+
+    def run(table: Array, first: int, last: int, factor: Any, scalars: Array) -> None:
+        multi(table, first, last, factor, scalars, like_var, like_grad, like_slot)
+
+    return run
+
+
+def multi(flags: Flags, compute: np.dtype[Any], storages: Types) -> Callable[..., None]:
+    """``f(table, first, last, factor, scalars)``: updates of 1-D arrays given by their addresses, in place.
+
+    table (n, 6) int64 has the addresses of var, grad, rms, mom and mg, and their length; rows [first, last) are
+    updated. ``storages`` as in ``dense``.
+    """
+    with compiling:
+        kernel: Callable[..., None] = _multi(tuple(flags), compute, storages)
     return kernel
 
 

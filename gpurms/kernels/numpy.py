@@ -217,3 +217,5 @@ def fold(terms: Array) -> np.float64:
 
 rows = None
 """Sums and update of rows are separate passes here; ``cpu.py`` makes them."""
+multi = None
+"""NumPy takes arrays, not addresses."""

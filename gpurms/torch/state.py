@@ -1,0 +1,116 @@
+"""Options and state of ``torch.optim.RMSprop``: their checks, and the tensors that a parameter needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpurms.kernels.rule import Flags, Step
+from gpurms.torch.tensors import TYPES, is_dense
+
+State = MutableMapping[str, Any]
+
+_NUMBERS = {"lr": "learning rate", "eps": "epsilon value", "momentum": "momentum value",
+            "weight_decay": "weight_decay value", "alpha": "alpha value"}  # fmt: skip
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """ValueError for a number below 0 or NaN, RuntimeError for what is not done here; in torch's words."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for option, words in _NUMBERS.items():
+        value = group[option]
+        if isinstance(value, Tensor) and value.is_cuda:
+            continue  # to look at it would mean to wait for it
+        if not value >= 0.0:
+            raise ValueError(f"Invalid {words}: {value}")
+    if group["differentiable"]:
+        raise RuntimeError("differentiable=True is not supported: a fused update has no gradient of its own")
+
+
+def check_parameter(parameter: Tensor) -> None:
+    """RuntimeError unless it is of a type, layout and device that can be updated."""
+    what = f"a parameter of shape {tuple(parameter.shape)}"
+    if parameter.dtype not in TYPES:
+        raise RuntimeError(f"{what}: expected {', '.join(map(str, TYPES))}; got {parameter.dtype}")
+    if parameter.device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"{what}: expected it on the CPU or CUDA; got {parameter.device}")
+    if parameter.layout is not torch.strided:
+        raise RuntimeError(f"{what}: expected a strided tensor; got {parameter.layout}")
+
+
+def read_step(group: Mapping[str, Any], has_factor: bool, live: Any, skip: Any) -> Step:
+    """The numbers of a group, checked. An ``lr`` on a GPU is 0 here; the kernels read it where it is."""
+    check_options(group)
+    lr, weight_decay = group["lr"], float(group["weight_decay"])
+    flags = Flags(
+        has_factor=has_factor,
+        maximize=bool(group["maximize"]),
+        l2=weight_decay > 0 and not group["decoupled_weight_decay"],
+        decoupled=weight_decay > 0 and bool(group["decoupled_weight_decay"]),
+        centered=bool(group["centered"]),
+        has_momentum=bool(group["momentum"] > 0),
+        nesterov=bool(group["nesterov"]),
+        eps_in_sqrt=bool(group["eps_in_sqrt"]),
+        lr_in_momentum=bool(group["lr_in_momentum"]),
+    )
+    rate = 0.0 if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
+    rho, momentum, epsilon = (float(group[option]) for option in ("alpha", "momentum", "eps"))
+    return Step(rate, rho, momentum, epsilon, weight_decay, None, flags, live, skip)
+
+
+def slot_names(flags: Flags) -> list[str]:
+    """The tensors of a parameter's state that the rule needs, in torch's order."""
+    names = {"square_avg": True, "momentum_buffer": flags.has_momentum, "grad_avg": flags.centered}
+    return [name for name, needed in names.items() if needed]
+
+
+def missing(parameter: Tensor, state: State | None, names: Sequence[str]) -> State:
+    """What the state of a parameter lacks, or has in an unfit place or layout, made anew.
+
+    Slots are zeros of the parameter's shape, layout and placement, in the type of computation. The number of steps lies
+    beside the parameter: a GPU that skips a step need not tell the host.
+
+    Raises:
+        RuntimeError: a parameter or a slot that cannot be updated.
+    """
+    check_parameter(parameter)
+    state = state or {}
+    new: State = {}
+    step = state.get("step")
+    if step is None:
+        new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    elif step.device != parameter.device:
+        new["step"] = step.to(parameter.device)
+    for name in names:
+        slot = state.get(name)
+        if slot is None:
+            compute = TYPES[parameter.dtype]
+            new[name] = torch.zeros_like(parameter, dtype=compute, memory_format=torch.preserve_format)
+            continue
+        if slot.shape != parameter.shape or slot.device != parameter.device or slot.dtype not in TYPES:
+            raise RuntimeError(
+                f"state {name!r} does not fit its parameter of shape {tuple(parameter.shape)} on {parameter.device}: "
+                f"got {slot.dtype}, shape {tuple(slot.shape)}, on {slot.device}"
+            )
+        if slot.stride() != parameter.stride() and is_dense(parameter):
+            new[name] = torch.empty_like(parameter, dtype=slot.dtype).copy_(slot)
+    return new
+
+
+def read(state: State | None) -> None:
+    """Turn what old versions of torch have saved into what new ones expect."""
+    if state and not torch.is_tensor(state["step"]):
+        state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
+
+
+def restore_types(state: State | None, saved: Mapping[str, Any] | None, parameter: Tensor) -> None:
+    """Undo what ``Optimizer.load_state_dict`` does to wider state: it rounds it to the parameter's type."""
+    for name in ("square_avg", "momentum_buffer", "grad_avg"):
+        if state is not None and saved is not None and name in state:
+            wide = TYPES.get(parameter.dtype, parameter.dtype)
+            state[name] = saved[name].to(device=parameter.device, dtype=wide)

@@ -1,0 +1,149 @@
+"""Tensors as arrays on the same memory: NumPy's on the CPU, CuPy's on a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TYPES = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+"""The types of parameters, and in which the update of each is computed."""
+
+
+_device = attrgetter("device")
+
+
+@cache
+def array_type(dtype: torch.dtype) -> np.dtype[Any]:
+    """The NumPy type of the same name; bfloat16 is that of ml_dtypes."""
+    if dtype is torch.bfloat16:
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise RuntimeError("bfloat16 tensors need ml_dtypes: pip install ml_dtypes") from error
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    found: np.dtype[Any] = np.dtype(str(dtype).removeprefix("torch."))
+    return found
+
+
+def array(tensor: Tensor) -> Any:
+    """A plain strided tensor's memory as an array, which keeps it alive."""
+    tensor = tensor.detach()
+    if tensor.is_cuda:
+        return _on_gpu(tensor)
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(array_type(tensor.dtype))
+    return tensor.numpy()
+
+
+def _on_gpu(tensor: Tensor) -> Any:
+    import cupy
+
+    size, dtype = tensor.element_size(), array_type(tensor.dtype)
+    n_bytes = (
+        size * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))) if tensor.numel() else 0
+    )
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), n_bytes, tensor, tensor.device.index)
+    strides = tuple(size * step for step in tensor.stride())
+    return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements in the order of memory, of a tensor that is ``dense``."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether it fills its memory, in any order of its dimensions."""
+    if tensor.is_contiguous():
+        return True
+    steps = sorted((step, n) for step, n in zip(tensor.stride(), tensor.shape) if n != 1)
+    return steps[0][0] == 1 and all(step * n == following for (step, n), (following, _) in pairwise(steps))
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements share memory, as in an expanded tensor; some intricate cases are not found."""
+    return any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape))
+
+
+def local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Of distributed tensors the parts that this rank holds."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or not any(issubclass(kind, distributed.DTensor) for kind in set(map(type, tensors))):
+        return tensors
+    return [tensor.to_local() if isinstance(tensor, distributed.DTensor) else tensor for tensor in tensors]
+
+
+def gradients(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Their gradients; of distributed ones this rank's parts, laid out over the ranks as the parameters are."""
+    grads = [parameter.grad for parameter in parameters]
+    if local(parameters) is not parameters:
+        grads = [_like(grad, parameter) for grad, parameter in zip(grads, parameters)]
+    return local(grads)  # type: ignore[arg-type]
+
+
+def _like(grad: Any, parameter: Any) -> Any:
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return grad
+    if not hasattr(grad, "placements"):
+        raise RuntimeError(f"a parameter is a DTensor, but its gradient a {type(grad).__name__}")
+    return grad if grad.placements == parameter.placements else grad.redistribute(mesh, parameter.placements)
+
+
+def rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and row numbers of a sparse COO gradient; several sparse dimensions count as one, see ``table``."""
+    indices, values = grad._indices(), grad._values()
+    if indices.shape[0] == 1:
+        return values, indices[0]
+    lengths = grad.shape[: indices.shape[0]]
+    numbers = torch.zeros_like(indices[0])
+    for index, length in zip(indices, lengths):
+        numbers = numbers * length + index
+    return values, numbers
+
+
+def table(tensor: Tensor, n_sparse: int) -> Tensor:
+    """A view in which the first ``n_sparse`` dimensions are one."""
+    tensor = tensor.detach()
+    return tensor if n_sparse == 1 else tensor.view(-1, *tensor.shape[n_sparse:])
+
+
+@contextmanager
+def streams(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Make torch's current streams on the parameters' GPUs CuPy's."""
+    devices = {device.index for device in set(map(_device, parameters)) if device.type == "cuda"}
+    with ExitStack() as stack:
+        for device in sorted(devices):
+            import cupy
+
+            with cupy.cuda.Device(device):
+                handle = torch.cuda.current_stream(device).cuda_stream
+                stream = cupy.cuda.Stream.from_external(_Stream(handle)) if handle else cupy.cuda.Stream.null
+            stack.enter_context(cupy.cuda.Device(device))
+            stack.enter_context(stream)
+        yield
+
+
+class _Stream:
+    """A stream as CuPy takes those of other libraries: protocol version and handle."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle

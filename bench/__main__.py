@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench import chart, report
 
-SUITES = ("cpu", "gpu")
+SUITES = ("cpu", "gpu", "torch")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -172,7 +172,6 @@ class RMSprop(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._cuda_graph_capture_health_check()
         scale = LossScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         groups = []
         for place, group in enumerate(self.param_groups):

@@ -51,6 +51,8 @@ class GroupStep:
             assert slots is not None
             members = Members(parameters, own, slots, now)
         capturing = bool(devices) and torch.cuda.is_current_stream_capturing()
+        if capturing and not group["capturable"]:
+            raise RuntimeError("a step can be captured in a graph only with capturable=True in all parameter groups")
         if capturing and any(added.values()):
             raise RuntimeError("take one step with these parameters before capturing one: it makes their state")
         factors = scale.factors(devices)

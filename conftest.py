@@ -11,3 +11,5 @@ NEEDS_CUPY = (
     "kernels/launch.py",
 )
 collect_ignore = [] if importlib.util.find_spec("cupy") else [f"gpurms/{name}" for name in NEEDS_CUPY]
+if importlib.util.find_spec("torch") is None:
+    collect_ignore.append("gpurms/torch")

@@ -15,10 +15,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
+PYTEST = ["pytest", "--numprocesses", "auto"]
+BY_FILE = [*PYTEST, "--dist", "loadfile"]  # some files start processes once, for all of their tests
 TASKS = {  # name: (extra, commands of Python modules, what it does)
     "demo": ("demo", [["gpurms", "demo"]], "train word embeddings on Python's own documentation"),
     "info": ("cpu", [["gpurms", "info"]], "print versions and the engine that would run"),
-    "test": ("test", [["pytest", "--numprocesses", "auto"]], "run all tests, on all cores"),
+    "test": ("test", [PYTEST], "run all tests that need no other framework, on all cores"),
+    "test-torch": ("test-torch", [[*BY_FILE, "tests/with_torch", "gpurms/torch"]], "run the tests of gpurms.torch"),
+    "test-peers": ("test-peers", [[*BY_FILE, "tests/with_peers"]], "compare with torch, TensorFlow, Keras and Optax"),
+    "test-mpi": ("test-mpi", [["pytest", "tests/with_mpi"]], "run the tests of several processes, under mpiexec"),
     "lint": ("dev", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], "check style and types"),
     "bench": ("cpu", [["bench"]], "run benchmarks; peers that are not installed are skipped by name"),
 }
@@ -32,7 +37,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__}\ntasks:")
         for name, (_, _, what) in TASKS.items():
-            print(f"  {name:6} {what}")
+            print(f"  {name:10} {what}")
         return 0
     task, *rest = arguments
     if task not in TASKS:

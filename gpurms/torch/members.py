@@ -8,6 +8,7 @@ sparse gradients, views with gaps, parameters that share memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter, is_
 from typing import Any
 
@@ -67,7 +68,7 @@ class Members:
         launches = direct.launches(grads, now, factors)
         rest: list[tuple[backend.Backend, Update]] = []
         for i in direct.others:
-            update = self._filled(i, grads[i], now)
+            update = self._filled(i, self._normal(i, grads[i]), now)
             home = backend.require(update.var)
             update.factor = factors.of(update.rule, home.device(update.var))
             rest.append((home, update))
@@ -94,13 +95,14 @@ class Members:
         if grad.layout is torch.sparse_coo and grad.sparse_dim() == 0:
             grad = grad.to_dense()
         if grad.layout is torch.sparse_coo:
-            return grad
+            return grad.clone() if self._is_written(grad._values()) else grad
         grad = grad.resolve_neg()
         if self._is_flat[i] and grad.stride() != var.stride():
             return torch.empty_like(var, dtype=grad.dtype, requires_grad=False).copy_(grad)
-        if self._memory.met_by(addresses([grad]), np.array([reach(grad)])).any():
-            return grad.clone()
-        return grad
+        return grad.clone() if self._is_written(grad) else grad
+
+    def _is_written(self, tensor: Tensor) -> bool:
+        return bool(self._memory.met_by(addresses([tensor]), np.array([reach(tensor)])).any())
 
     # -------------------------------------------------------------------------------------------------- updates
 
@@ -157,7 +159,7 @@ class Members:
             run = home.by_address(updates)
             release(updates)
             if run is not None:
-                launches.append((home, run, at))
+                launches.append((run, home.device(updates[0].var) is None, at))
         return _Direct(launches, grads)
 
     def _plan_rest(self, rest: Sequence[tuple[backend.Backend, Update]]) -> list[Launch]:
@@ -178,13 +180,12 @@ class Members:
 class _Direct:
     """Parameters that go by address, while their gradients look the same."""
 
-    def __init__(
-        self, launches: list[tuple[backend.Backend, Callable[..., None], list[int]]], grads: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, launches: list[tuple[Callable[..., None], bool, list[int]]], grads: Sequence[Tensor]) -> None:
+        """``launches``: how to update by address, whether on the host, and whose gradients these are."""
         places = [i for _, _, at in launches for i in at]
         self._launches, first = [], 0
-        for home, run, at in launches:
-            self._launches.append((home, run, slice(first, first + len(at))))
+        for run, on_host, at in launches:
+            self._launches.append((run, on_host, slice(first, first + len(at))))
             first += len(at)
         self._places = None if places == list(range(len(grads))) else places
         self.others = sorted(set(range(len(grads))) - set(places))
@@ -206,16 +207,13 @@ class _Direct:
         return addresses(self._picked(grads)), self._n_bytes
 
     def launches(self, grads: Sequence[Tensor], now: Step, factors: Factors) -> list[Launch]:
-        """Of these gradients, which are kept until then."""
+        """Of these gradients, which the launches keep alive."""
         picked = self._picked(grads)
-        pointers = addresses(picked)
+        return [partial(self._launch, picked, addresses(picked), now, factors)] if self._launches else []
 
-        def launch() -> None:
-            for home, run, at in self._launches:
-                run(pointers[at], now, factors.host if home.name == "NumPy" else factors.on_gpu)
-            picked  # noqa: B018  # alive until here
-
-        return [launch] if self._launches else []
+    def _launch(self, grads: Sequence[Tensor], pointers: Array, now: Step, factors: Factors) -> None:
+        for run, on_host, at in self._launches:
+            run(pointers[at], now, factors.host if on_host else factors.on_gpu)
 
 
 def release(updates: Sequence[Update]) -> None:

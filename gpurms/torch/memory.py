@@ -46,11 +46,10 @@ class Memory:
         spans = sorted((tensor.data_ptr(), tensor.data_ptr() + reach(tensor)) for tensor in written if tensor.numel())
         self.overlaps = any(before[1] > after[0] for before, after in pairwise(spans))
         self._starts = np.array([start for start, _ in spans], np.int64)
-        self._ends = np.maximum.accumulate(np.array([end for _, end in spans], np.int64))
+        self._ends = np.maximum.accumulate(np.array([0, *(end for _, end in spans)], np.int64))  # of those before, too
 
     def met_by(self, starts: Array, n_bytes: Array) -> Array:
         """Which of these stretches of memory lie in it, in part or whole."""
         before = np.searchsorted(self._starts, starts + n_bytes)
-        ends = np.concatenate(([np.iinfo(np.int64).min], self._ends))
-        found: Array = (ends[before] > starts) & (n_bytes > 0)
+        found: Array = (self._ends[before] > starts) & (n_bytes > 0)
         return found

@@ -118,7 +118,8 @@ class RMSprop(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         state.check_options(defaults)
-        self._forget()
+        self._steps: dict[int, GroupStep] = {}
+        self._captured: list[Any] = []  # what graphs use: they must not outlive the optimizer
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -135,28 +136,35 @@ class RMSprop(Optimizer):
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
         super().__setstate__(state_)
-        self._forget()
+        self._steps = {}  # which know tensors by their addresses
+        self.__dict__.setdefault("_captured", [])
         for group in self.param_groups:
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
             for parameter in group["params"]:
                 state.read(self.state.get(parameter))
 
-    def _forget(self) -> None:
-        """Drop what earlier steps have prepared: it refers to tensors by their addresses."""
-        self._steps: dict[int, GroupStep] = {}
-        self._captured: list[Any] = []
-
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take the state of this class or of ``torch.optim.RMSprop``; see ``torch.optim.Optimizer``.
 
         Options that the saved groups lack keep the values that they were constructed with.
         """
-        super().load_state_dict(state_dict)
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        for key, parameter in zip(saved, own, strict=True):
-            state.restore_types(self.state.get(parameter), state_dict["state"].get(key), parameter)
+        loaded: list[StateDict] = []
+
+        def restore(_: Optimizer) -> None:
+            saved = [key for group in loaded[0]["param_groups"] for key in group["params"]]
+            own = [parameter for group in self.param_groups for parameter in group["params"]]
+            for key, parameter in zip(saved, own, strict=True):
+                state.restore_types(self.state.get(parameter), loaded[0]["state"].get(key), parameter)
+
+        # After the caller's own hooks that change what is loaded, and before those that look at the result.
+        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from gpurms.capture import Capture
 from gpurms.counter import Counter
 from gpurms.slots import Entry, Slots, array_of, label
 from gpurms.variable import Variable
+
+if TYPE_CHECKING:
+    from gpurms.rmsprop import RMSprop
 
 MADE_ANEW = ("_batches", "_capture", "_repeat")
 """What copies and pickles leave behind: it refers to arrays by their addresses."""
@@ -226,6 +230,90 @@ class State:
         weight = Variable(array, name=hyper.text("name", name), trainable=bool(trainable))
         _initialize(weight, initializer)
         return weight
+
+    def save(self, path: str | os.PathLike[str], variables: Iterable[Any] | None = None) -> None:
+        """Write variables, slots, counter and settings to one file in the safetensors format.
+
+        The file is written under a temporary name in the same folder, synced to disk and then renamed: whatever fails,
+        a file that was there stays whole. Arrays are streamed, in blocks of 4 MiB where they are on a GPU or not
+        contiguous. It waits for the current streams of the arrays' devices.
+
+        Args:
+            path: the file.
+            variables: all variables that have slots, and any others, in the order in which ``load`` is to find them.
+                Default None: those that have slots, in the order in which the optimizer met them.
+
+        Not in the file: gradient_aggregator, constraints, and hyperparameters that are callables, in whose place their
+        current values stand.
+
+        Raises:
+            OSError: the file cannot be written.
+            TypeError: something that is no variable.
+            ValueError: a variable given twice, or one with slots left out.
+
+        >>> import os, tempfile
+        >>> from gpurms import RMSprop
+        >>> opt, var = RMSprop(), np.zeros(2)
+        >>> opt.apply_gradients([(np.ones(2), var)])
+        np.int64(1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "step-1.safetensors")
+        ...     opt.save(path, [var])
+        ...     [again] = RMSprop().load(path)
+        >>> (again == var).all()
+        np.True_
+        """
+        from gpurms import checkpoint
+
+        checkpoint.save(cast("RMSprop", self), path, variables)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        variables: Iterable[Any] | None = None,
+        custom_objects: Mapping[str, Any] | None = None,
+    ) -> list[Any]:
+        """Read what ``save`` wrote; the optimizer goes on as the saved one would have, to the bit, on any library.
+
+        Variables are overwritten in place, and so are slots and counter where they exist and fit. All settings become
+        those of the file. A hyperparameter that was a callable stays this optimizer's if it is one here too, and
+        otherwise is the number that it last was; gradient_aggregator stays as it is.
+
+        Args:
+            path: the file.
+            variables: those to read into, in the file's order, of its shapes and types. Default None: all that this
+                optimizer has met, in that order; if it has met none, new ones on ``gpurms.array_module()``.
+            custom_objects: classes of the caller's own schedules by class name.
+
+        Returns:
+            The variables.
+
+        Raises:
+            OSError: the file cannot be read. Where that happens after the header, in the data, variables and slots may
+                have been overwritten in part; everything else that fails does so before anything changes.
+            RuntimeError: steps have been captured in graphs, which go on with the slots that they have, and the file
+                has others.
+            TypeError: a variable of another type, or no variable.
+            ValueError: no checkpoint, a damaged or truncated one, or one of another version; other variables than the
+                file's, or than those this optimizer has slots for.
+
+        >>> import os, tempfile
+        >>> from gpurms import RMSprop
+        >>> opt, var = RMSprop(0.1, momentum=0.9), np.zeros(2)
+        >>> opt.apply_gradients([(np.ones(2), var)])
+        np.int64(1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "step-1.safetensors")
+        ...     opt.save(path)
+        ...     new, table = RMSprop(), np.empty(2)
+        ...     new.load(path, [table])
+        [array([-0.31622761, -0.31622761])]
+        >>> new.momentum, new.iterations.numpy(), new.get_slot_names()
+        (0.9, array(1), ['rms', 'momentum'])
+        """
+        from gpurms import checkpoint
+
+        return checkpoint.load(cast("RMSprop", self), path, variables, custom_objects)
 
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         attributes, slots = cast("tuple[dict[str, Any] | None, dict[str, Any]]", object.__getstate__(self))

@@ -1,5 +1,6 @@
 """RMSprop of TensorFlow r2.0 for NumPy and CuPy arrays: fused, sparse-aware, the same bits everywhere."""
 
+from gpurms import dialects as dialects
 from gpurms import schedules as schedules
 from gpurms.backend import array_module as array_module
 from gpurms.rmsprop import RMSprop as RMSprop

@@ -12,24 +12,29 @@ from tests import engines
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def code(on_gpu: bool) -> list[str]:
+def code(*needs: str) -> list[str]:
+    """The blocks that import these libraries, of those that not all have."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
-    return [block for block in blocks if ("import cupy" in block) == on_gpu]
+    assert len(blocks) == 6
+    return [block for block in blocks if {name for name in OPTIONAL if OPTIONAL[name] in block} == set(needs)]
+
+
+OPTIONAL = {"cupy": "import cupy", "torch": "import torch", "mpi4py": "from gpurms.distributed"}
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_code_for_gpus_runs(seed: int, capsys: pytest.CaptureFixture[str]):
-    (block,) = code(on_gpu=True)
+    (block,) = code("cupy")
     with engines.emulated(deferred=True, seed=seed):
         exec(block, {"gpurms": gpurms})
     assert capsys.readouterr().out == "4\n"
 
 
 @pytest.mark.usefixtures("numpy_engine")
-def test_code_runs(capsys: pytest.CaptureFixture[str]):
+def test_code_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in code(on_gpu=False):
+    for block in code():
         exec(block, names)
     assert capsys.readouterr().out == "9.683772\n"
     table = names["table"]

@@ -49,7 +49,7 @@ class Memory:
         self._ends = np.maximum.accumulate(np.array([0, *(end for _, end in spans)], np.int64))  # of those before, too
 
     def met_by(self, starts: Array, n_bytes: Array) -> Array:
-        """Which of these stretches of memory lie in it, in part or whole."""
+        """Which of these stretches of memory lie in it, in part or whole; or nowhere, as a ZeroTensor of torch does."""
         before = np.searchsorted(self._starts, starts + n_bytes)
-        found: Array = (self._ends[before] > starts) & (n_bytes > 0)
+        found: Array = ((self._ends[before] > starts) | (starts == 0)) & (n_bytes > 0)
         return found

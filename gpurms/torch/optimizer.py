@@ -14,7 +14,11 @@ from gpurms.torch.scaling import LossScale
 from gpurms.torch.step import GroupStep
 
 OWN_OPTIONS = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay")
-"""Options of a parameter group that ``torch.optim.RMSprop`` does not have."""
+"""Options of a parameter group that ``torch.optim.RMSprop`` does not have.
+
+They are in the groups of an optimizer that uses one. All others have torch's entries and no more: only then does
+``torch.distributed.checkpoint`` load what the other class has saved.
+"""
 
 
 class RMSprop(Optimizer):
@@ -112,11 +116,10 @@ class RMSprop(Optimizer):
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,
-            "eps_in_sqrt": eps_in_sqrt,
-            "lr_in_momentum": lr_in_momentum,
-            "nesterov": nesterov,
-            "decoupled_weight_decay": decoupled_weight_decay,
         }
+        own = (eps_in_sqrt, lr_in_momentum, nesterov, decoupled_weight_decay)
+        if any(own):
+            defaults.update(zip(OWN_OPTIONS, own))
         state.check_options(defaults)
         self._steps: dict[int, GroupStep] = {}
         self._captured: list[Any] = []  # what graphs use: they must not outlive the optimizer
@@ -176,6 +179,11 @@ class RMSprop(Optimizer):
         Returns:
             What ``closure`` returned, or None.
         """
+        if torch.compiler.is_compiling():
+            return _step_outside_of_graphs(self, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -187,12 +195,19 @@ class RMSprop(Optimizer):
             if parameters:
                 groups.append((self._steps.setdefault(place, GroupStep()), group, parameters))
         members = [parameter for _, _, parameters in groups for parameter in parameters]
+        capturing = tensors.is_capturing(members)
         if scale.skips_on_host(members):
             return loss
         with tensors.streams(members):
-            prepared = [known.prepare(group, parameters, self.state, scale) for known, group, parameters in groups]
+            prepared = [
+                known.prepare(group, parameters, self.state, scale, capturing) for known, group, parameters in groups
+            ]
             for apply in prepared:
                 kept = apply()
                 if kept is not None:
                     self._captured.append(kept)
         return loss
+
+
+_step_outside_of_graphs = torch._disable_dynamo(RMSprop._step)
+"""For ``torch.compile``, whose graphs know no addresses; ``torch.compiler.disable`` would import all of Dynamo here."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpurms.kernels.rule import Flags, Step
-from gpurms.torch.tensors import TYPES, is_dense
+from gpurms.torch.tensors import TYPES, is_dense, overlaps_itself, spread
 
 State = MutableMapping[str, Any]
 
@@ -34,13 +34,15 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 def check_parameter(parameter: Tensor) -> None:
     """RuntimeError unless it is of a type, layout and device that can be updated."""
-    what = f"a parameter of shape {tuple(parameter.shape)}"
     if parameter.dtype not in TYPES:
-        raise RuntimeError(f"{what}: expected {', '.join(map(str, TYPES))}; got {parameter.dtype}")
-    if parameter.device.type not in ("cpu", "cuda"):
-        raise RuntimeError(f"{what}: expected it on the CPU or CUDA; got {parameter.device}")
-    if parameter.layout is not torch.strided:
-        raise RuntimeError(f"{what}: expected a strided tensor; got {parameter.layout}")
+        problem = f"expected {', '.join(map(str, TYPES))}; got {parameter.dtype}"
+    elif parameter.device.type not in ("cpu", "cuda"):
+        problem = f"expected it on the CPU or CUDA; got {parameter.device}"
+    elif parameter.layout is not torch.strided:
+        problem = f"expected a strided tensor; got {parameter.layout}"
+    else:
+        return  # of any shape: that of a lazy module's parameter is not known yet
+    raise RuntimeError(f"a parameter of shape {tuple(parameter.shape)}: {problem}")
 
 
 def read_step(group: Mapping[str, Any], has_factor: bool, live: Any, skip: Any) -> Step:
@@ -50,13 +52,13 @@ def read_step(group: Mapping[str, Any], has_factor: bool, live: Any, skip: Any) 
     flags = Flags(
         has_factor=has_factor,
         maximize=bool(group["maximize"]),
-        l2=weight_decay > 0 and not group["decoupled_weight_decay"],
-        decoupled=weight_decay > 0 and bool(group["decoupled_weight_decay"]),
+        l2=weight_decay > 0 and not group.get("decoupled_weight_decay"),
+        decoupled=weight_decay > 0 and bool(group.get("decoupled_weight_decay")),
         centered=bool(group["centered"]),
         has_momentum=bool(group["momentum"] > 0),
-        nesterov=bool(group["nesterov"]),
-        eps_in_sqrt=bool(group["eps_in_sqrt"]),
-        lr_in_momentum=bool(group["lr_in_momentum"]),
+        nesterov=bool(group.get("nesterov")),
+        eps_in_sqrt=bool(group.get("eps_in_sqrt")),
+        lr_in_momentum=bool(group.get("lr_in_momentum")),
     )
     rate = 0.0 if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
     rho, momentum, epsilon = (float(group[option]) for option in ("alpha", "momentum", "eps"))
@@ -84,8 +86,10 @@ def missing(parameter: Tensor, state: State | None, names: Sequence[str]) -> Sta
     step = state.get("step")
     if step is None:
         new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    elif step.device != parameter.device:
-        new["step"] = step.to(parameter.device)
+    elif not isinstance(step, Tensor):
+        raise RuntimeError(f"state 'step': expected a tensor of one element; got {step!r}")
+    elif step.device != parameter.device or not step.is_floating_point():
+        new["step"] = step.to(parameter.device, torch.float32)
     for name in names:
         slot = state.get(name)
         if slot is None:
@@ -97,7 +101,13 @@ def missing(parameter: Tensor, state: State | None, names: Sequence[str]) -> Sta
                 f"state {name!r} does not fit its parameter of shape {tuple(parameter.shape)} on {parameter.device}: "
                 f"got {slot.dtype}, shape {tuple(slot.shape)}, on {slot.device}"
             )
-        if slot.stride() != parameter.stride() and is_dense(parameter):
+        if spread(slot) != spread(parameter):
+            raise RuntimeError(
+                f"state {name!r} of a parameter of shape {tuple(parameter.shape)}: expected it spread over the ranks "
+                f"like the parameter, by {spread(parameter)}; got {spread(slot)}. The functions of "
+                "torch.distributed.checkpoint.state_dict load state that is whole or spread otherwise"
+            )
+        if overlaps_itself(slot) or (slot.stride() != parameter.stride() and is_dense(parameter)):
             new[name] = torch.empty_like(parameter, dtype=slot.dtype).copy_(slot)
     return new
 

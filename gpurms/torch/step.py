@@ -29,12 +29,14 @@ class GroupStep:
         self._live: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def prepare(
-        self, group: Mapping[str, Any], parameters: list[Tensor], states: States, scale: LossScale
+        self, group: Mapping[str, Any], parameters: list[Tensor], states: States, scale: LossScale, capturing: bool
     ) -> Callable[[], Any]:
         """Check everything; the function returned changes things, and returns what a captured graph needs, or None.
 
-        ``parameters`` are those with gradients, at least one.
+        ``parameters`` are those with gradients, at least one. ``capturing``: the step goes into a graph.
         """
+        if capturing and not group["capturable"]:
+            raise RuntimeError("a step can be captured in a graph only with capturable=True in all parameter groups")
         own = tensors.local(parameters)
         devices = sorted(device.index for device in set(map(_device, own)) if device.type == "cuda")
         live = self._live_scalars(group["lr"], own)
@@ -43,20 +45,18 @@ class GroupStep:
         names = state.slot_names(now.flags)
 
         members, added = self._members, {}
-        slots = _slots(parameters, states, names)
+        slots, steps = _slots(parameters, states, names)
         if members is None or slots is None or not members.fit(parameters, own, slots, now.flags):
             added = {each: state.missing(each, states.get(each), names) for each in parameters}
             merged = {each: {**states.get(each, {}), **new} for each, new in added.items()}
-            slots = _slots(parameters, merged, names)
+            slots, steps = _slots(parameters, merged, names)
             assert slots is not None
             members = Members(parameters, own, slots, now)
-        capturing = bool(devices) and torch.cuda.is_current_stream_capturing()
-        if capturing and not group["capturable"]:
-            raise RuntimeError("a step can be captured in a graph only with capturable=True in all parameter groups")
         if capturing and any(added.values()):
             raise RuntimeError("take one step with these parameters before capturing one: it makes their state")
         factors = scale.factors(devices)
         launches = members.plan(tensors.gradients(parameters), now, factors)
+        counts = _by_device(steps)
 
         def apply() -> Any:
             self._members = members
@@ -67,9 +67,10 @@ class GroupStep:
                 _send(live, self._live, now, group)
             for launch in launches:
                 launch()
-            _count([states[each]["step"] for each in parameters], scale)
+            for device, some in counts.items():
+                torch._foreach_add_(some, scale.counted(device), alpha=1.0)
             torch.autograd.graph.increment_version(parameters)
-            return (members, launches, now, factors) if capturing else None
+            return (launches, counts, scale, group["lr"]) if capturing else None
 
         return apply
 
@@ -87,12 +88,12 @@ class GroupStep:
 
 
 def _slots(parameters: Sequence[Tensor], states: Mapping[Tensor, State], names: Sequence[str]) -> Any:
-    """By name, then by parameter, what this rank holds of the slots; None if some are missing."""
-    found = [states.get(each) for each in parameters]
+    """This rank's part of the slots, by name, then by parameter; and the numbers of steps. None if one is missing."""
+    found: Any = [states.get(each) for each in parameters]
     try:
-        return [tensors.local([each[name] for each in found]) for name in names]  # type: ignore[index]
+        return [tensors.local([each[name] for each in found]) for name in names], [each["step"] for each in found]
     except (KeyError, TypeError):
-        return None
+        return None, None
 
 
 def _send(live: Mapping[Any, Any], places: Mapping[Any, Tensor], now: Step, group: Mapping[str, Any]) -> None:
@@ -104,10 +105,8 @@ def _send(live: Mapping[Any, Any], places: Mapping[Any, Tensor], now: Step, grou
         place[SCALARS.index("lr_weight_decay")].copy_(lr * now.weight_decay, non_blocking=True)
 
 
-def _count(steps: Sequence[Tensor], scale: LossScale) -> None:
-    """Add 1 to each, on a GPU that leaves out the step 0."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for each in steps:
-        by_device.setdefault(each.device, []).append(each)
-    for device, some in by_device.items():
-        torch._foreach_add_(some, scale.counted(device), alpha=1.0)
+def _by_device(some: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+    found: dict[torch.device, list[Tensor]] = {}
+    for each in some:
+        found.setdefault(each.device, []).append(each)
+    return found

@@ -77,7 +77,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements share memory, as in an expanded tensor; some intricate cases are not found."""
-    return any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape))
+    return tensor.numel() > 0 and any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape))
 
 
 def local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -90,37 +90,70 @@ def local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def gradients(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """Their gradients; of distributed ones this rank's parts, laid out over the ranks as the parameters are."""
-    grads = [parameter.grad for parameter in parameters]
-    if local(parameters) is not parameters:
-        grads = [_like(grad, parameter) for grad, parameter in zip(grads, parameters)]
-    return local(grads)  # type: ignore[arg-type]
+    grads: Sequence[Any] = [parameter.grad for parameter in parameters]
+    if local(parameters) is parameters and local(grads) is grads:
+        return grads
+    return local([_like(grad, parameter) for grad, parameter in zip(grads, parameters)])
+
+
+def spread(tensor: Any) -> tuple[Any, Any]:
+    """Mesh and placements of a distributed tensor, which say what each rank holds of it; of others (None, None)."""
+    return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
 
 
 def _like(grad: Any, parameter: Any) -> Any:
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None:
+    mesh, placements = spread(parameter)
+    of_grad = spread(grad)
+    if of_grad == (mesh, placements):
         return grad
-    if not hasattr(grad, "placements"):
-        raise RuntimeError(f"a parameter is a DTensor, but its gradient a {type(grad).__name__}")
-    return grad if grad.placements == parameter.placements else grad.redistribute(mesh, parameter.placements)
+    if mesh is None or of_grad[0] is None:
+        kinds = " and ".join(type(each).__name__ for each in (parameter, grad))
+        raise RuntimeError(f"a parameter and its gradient: expected both as DTensors, or none; got {kinds}")
+    return grad.redistribute(mesh, placements)
 
 
 def rows(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and row numbers of a sparse COO gradient; several sparse dimensions count as one, see ``table``."""
+    """Values and row numbers of a sparse COO gradient; several sparse dimensions count as one, see ``table``.
+
+    Of those, an index outside of its dimension makes the row -1.
+    """
     indices, values = grad._indices(), grad._values()
     if indices.shape[0] == 1:
         return values, indices[0]
     lengths = grad.shape[: indices.shape[0]]
     numbers = torch.zeros_like(indices[0])
+    outside = torch.zeros_like(numbers, dtype=torch.bool)
     for index, length in zip(indices, lengths):
+        outside |= (index < 0) | (index >= length)
         numbers = numbers * length + index
-    return values, numbers
+    return values, numbers.masked_fill_(outside, -1)
 
 
 def table(tensor: Tensor, n_sparse: int) -> Tensor:
     """A view in which the first ``n_sparse`` dimensions are one."""
     tensor = tensor.detach()
     return tensor if n_sparse == 1 else tensor.view(-1, *tensor.shape[n_sparse:])
+
+
+def is_capturing(parameters: Iterable[Tensor]) -> bool:
+    """Whether their step is being recorded in a graph instead of running.
+
+    Raises:
+        RuntimeError: a part of it is, and the rest would run now, and never again.
+    """
+    capturing = {}
+    for device in set(map(_device, parameters)):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                capturing[device] = torch.cuda.is_current_stream_capturing()
+        else:
+            capturing[device] = False
+    if any(capturing.values()) and not all(capturing.values()):
+        running = ", ".join(sorted(str(device) for device, recorded in capturing.items() if not recorded))
+        raise RuntimeError(
+            f"a step can be captured in a graph only as a whole; its part on {running} would run at once"
+        )
+    return any(capturing.values())
 
 
 @contextmanager

@@ -301,3 +301,42 @@ def test_a_graph_may_not_outlive_its_memory(machine: Machine) -> None:
     del a
     with pytest.raises(Fault, match="was freed before the work that uses it ran"):
         graph.launch(stream)
+
+
+class Foreign:
+    """A stream as another library hands it over."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def through_another_library(*, same: bool) -> float:
+    first, second = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    a = cupy.zeros(4)
+    cupy.cuda.Device().synchronize()
+    with first:
+        a += 1
+    with cupy.cuda.Stream.from_external(Foreign((first if same else second).ptr)):
+        a *= 10
+    cupy.cuda.Device().synchronize()
+    return a[0].item()
+
+
+def test_a_stream_of_another_library_is_the_one_it_names() -> None:
+    assert results(lambda: through_another_library(same=True)) == {10.0}
+    assert results(lambda: through_another_library(same=False)) >= {1.0, 10.0}
+
+
+def test_a_stream_of_another_library_is_checked() -> None:
+    with cupy_on_cpu(2):
+        with pytest.raises(TypeError, match="int has no __cuda_stream__"):
+            cupy.cuda.Stream.from_external(5)
+        with pytest.raises(CUDARuntimeError, match="InvalidResourceHandle"):
+            cupy.cuda.Stream.from_external(Foreign(5))
+        stream = cupy.cuda.Stream()
+        with cupy.cuda.Device(1), pytest.raises(RuntimeError, match="does not match"):
+            cupy.cuda.Stream.from_external(Foreign(stream.ptr)).use()
+        assert cupy.cuda.Stream.from_external(Foreign(0)) == cupy.cuda.Stream.null

@@ -19,6 +19,7 @@ from gpurms.torch.tensors import TYPES, array, array_type
 
 States = MutableMapping[Tensor, State]
 _device = attrgetter("device")
+FIRST_STEP = "take one step with these parameters before capturing one: it makes their state, or brings it beside them"
 
 
 class GroupStep:
@@ -46,6 +47,8 @@ class GroupStep:
 
         members, added = self._members, {}
         slots, steps = _slots(parameters, states, names)
+        if capturing and (steps is None or list(map(_device, steps)) != list(map(_device, own))):
+            raise RuntimeError(FIRST_STEP)
         if members is None or slots is None or not members.fit(parameters, own, slots, now.flags):
             added = {each: state.missing(each, states.get(each), names) for each in parameters}
             merged = {each: {**states.get(each, {}), **new} for each, new in added.items()}
@@ -53,7 +56,7 @@ class GroupStep:
             assert slots is not None
             members = Members(parameters, own, slots, now)
         if capturing and any(added.values()):
-            raise RuntimeError("take one step with these parameters before capturing one: it makes their state")
+            raise RuntimeError(FIRST_STEP)
         factors = scale.factors(devices)
         launches = members.plan(tensors.gradients(parameters), now, factors)
         counts = _by_device(steps)

@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from cupy.cuda.runtime import CUDARuntimeError
 
@@ -55,6 +56,7 @@ class Machine:
         self.busy: list[Queue] = []
         self.captures: list[Capture] = []
         self.handles = itertools.count(0x1000, 0x10)
+        self.streams: WeakValueDictionary[int, Queue] = WeakValueDictionary()  # by handle
         self.allocate_in_capture = True
         self.execute = ptx.run
         self.forget()
@@ -97,12 +99,16 @@ class Machine:
         queue = self.queue()
         if queue.capture is not None and not self.allocate_in_capture:
             raise CUDARuntimeError(CAPTURE_UNSUPPORTED)
+        self.allocations.append(nbytes)
+        return self.reserve(nbytes, queue)
+
+    def reserve(self, nbytes: int, queue: Queue) -> Allocation:
+        """Memory of the current device for a stream, off the record: that of another library than CuPy."""
 
         def release(block: Block) -> None:
             self.heap.used[block.device] -= block.nbytes
             self._free_in_order(queue, block)
 
-        self.allocations.append(nbytes)
         return self.heap.allocate(nbytes, self.thread.device, release)
 
     # ---------------------------------------------------------------------------------------------- submission

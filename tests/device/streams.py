@@ -113,7 +113,23 @@ class Stream:
         machine = active()
         self.ptr, self.device_id = next(machine.handles), machine.thread.device
         self.is_non_blocking = non_blocking
-        self.queue = Queue(self.device_id, blocking=not non_blocking)
+        self.queue = machine.streams[self.ptr] = Queue(self.device_id, blocking=not non_blocking)
+
+    @classmethod
+    def from_external(cls, obj: Any) -> Self:
+        """The stream that another library names by its handle; it lives as long as one of the two objects."""
+        if not hasattr(obj, "__cuda_stream__"):
+            raise TypeError(f"{type(obj).__name__} has no __cuda_stream__")
+        _, handle = obj.__cuda_stream__()
+        if handle == 0:
+            return cls(null=True)
+        queue = active().streams.get(handle)
+        if queue is None:
+            raise CUDARuntimeError(INVALID_HANDLE)
+        stream = cls(null=True)
+        stream.queue, stream.ptr, stream.device_id = queue, handle, queue.device
+        stream.is_non_blocking = not queue.blocking
+        return stream
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and self.ptr == other.ptr

@@ -51,9 +51,13 @@ class Members:
         self._updates: dict[tuple[int, Any], Update] = {}
         self._direct: _Direct | None = None
 
+    def are(self, parameters: list[Tensor]) -> bool:
+        """Whether these are they, wherever they may be now."""
+        return len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
+
     def fit(self, parameters: list[Tensor], own: Sequence[Tensor], slots: list[Sequence[Tensor]], flags: Flags) -> bool:
         """Whether these are still they, where they were."""
-        if len(parameters) != len(self._parameters) or not all(map(is_, parameters, self._parameters)):
+        if not self.are(parameters):
             return False
         written = [*own, *(slot for of_name in slots for slot in of_name)]
         return flags == self._flags and np.array_equal(addresses(written), self._addresses) and self._looks.fit(written)

@@ -209,5 +209,5 @@ class RMSprop(Optimizer):
         return loss
 
 
-_step_outside_of_graphs = torch._disable_dynamo(RMSprop._step)
+_step_outside_of_graphs = torch._disable_dynamo(RMSprop._step)  # type: ignore[attr-defined]
 """For ``torch.compile``, whose graphs know no addresses; ``torch.compiler.disable`` would import all of Dynamo here."""

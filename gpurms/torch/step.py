@@ -19,6 +19,8 @@ from gpurms.torch.tensors import TYPES, array, array_type
 
 States = MutableMapping[Tensor, State]
 _device = attrgetter("device")
+KEPT = 4
+"""Sets of parameters with gradients that a group remembers: some loops use one part of a model, then another."""
 FIRST_STEP = "take one step with these parameters before capturing one: it makes their state, or brings it beside them"
 
 
@@ -26,7 +28,7 @@ class GroupStep:
     """What the steps of a parameter group keep for those that follow."""
 
     def __init__(self) -> None:
-        self._members: Members | None = None
+        self._known: list[Members] = []  # the latest first
         self._live: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def prepare(
@@ -45,11 +47,12 @@ class GroupStep:
         now = state.read_step(group, scale.grad_scale is not None, live, skip)
         names = state.slot_names(now.flags)
 
-        members, added = self._members, {}
         slots, steps = _slots(parameters, states, names)
         if capturing and (steps is None or list(map(_device, steps)) != list(map(_device, own))):
             raise RuntimeError(FIRST_STEP)
-        if members is None or slots is None or not members.fit(parameters, own, slots, now.flags):
+        fitting = (each for each in self._known if slots is not None and each.fit(parameters, own, slots, now.flags))
+        members, added = next(fitting, None), {}
+        if members is None:
             added = {each: state.missing(each, states.get(each), names) for each in parameters}
             merged = {each: {**states.get(each, {}), **new} for each, new in added.items()}
             slots, steps = _slots(parameters, merged, names)
@@ -62,7 +65,8 @@ class GroupStep:
         counts = _by_device(steps)
 
         def apply() -> Any:
-            self._members = members
+            others = [each for each in self._known if each is not members and not each.are(parameters)]
+            self._known = [members, *others][:KEPT]
             for each, new in added.items():
                 if new:
                     states[each].update(new)

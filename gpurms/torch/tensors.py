@@ -132,7 +132,15 @@ def rows(grad: Tensor) -> tuple[Tensor, Tensor]:
 def table(tensor: Tensor, n_sparse: int) -> Tensor:
     """A view in which the first ``n_sparse`` dimensions are one."""
     tensor = tensor.detach()
-    return tensor if n_sparse == 1 else tensor.view(-1, *tensor.shape[n_sparse:])
+    if n_sparse == 1:
+        return tensor
+    try:
+        return tensor.view(-1, *tensor.shape[n_sparse:])
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a gradient with {n_sparse} sparse dimensions needs a parameter in which these follow each other in memory; "
+            f"got shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        ) from error
 
 
 def is_capturing(parameters: Iterable[Tensor]) -> bool:

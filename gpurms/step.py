@@ -14,7 +14,7 @@ from gpurms import aliasing, clipping
 from gpurms.aliasing import Pair
 from gpurms.backend import Backend
 from gpurms.clipping import Clip
-from gpurms.kernels.rule import Flags, Rule, Step, Update
+from gpurms.kernels.rule import Flags, Rule, Step, Update, release
 from gpurms.slots import Entry
 from gpurms.variable import Variable
 
@@ -90,7 +90,7 @@ def plan(optimizer: RMSprop, pairs: Sequence[Pair], now: Step, new_slots: Sequen
     try:
         plans = [home.plan([updates[i] for i in at] if len(batches) > 1 else updates) for home, at in batches]
     except BaseException:
-        _release(updates)
+        release(updates)
         raise
 
     return Plan(plans, updates, fresh)
@@ -110,18 +110,12 @@ class Plan:
         """Apply it, once."""
         for planned in self.plans:
             planned()
-        _release(self._updates)
+        release(self._updates)
 
     def settle(self) -> None:
         """Leave what was prepared to the next step; after new slots have been added, which undoes that."""
         for entry, update in self._fresh.items():
             entry.update = update
-
-
-def _release(updates: Sequence[Update]) -> None:
-    """Let go of the gradients, which would otherwise live until the next step."""
-    for update in updates:
-        update.grad = update.indices = update.factor = None
 
 
 def _new_update(entry: Entry, pending: Mapping[tuple[Entry, str], Variable], now: Step) -> Update:

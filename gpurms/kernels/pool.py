@@ -30,7 +30,13 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def n_threads() -> int:
-    """Cores this process may run on."""
+    """Cores this process may run on, or ``OMP_NUM_THREADS`` if that is less: launchers of many processes set it."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    cores = _cores()
+    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
+
+
+def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -7,6 +7,7 @@ Every engine (NumPy, Numba, CUDA) takes the same three things, so nothing about 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,6 +110,12 @@ class Update:
     indices: Any = None
     factor: Any = None
     prepared: Any = None
+
+
+def release(updates: Sequence[Update]) -> None:
+    """Let go of the gradients, which would otherwise live until the next step."""
+    for update in updates:
+        update.grad = update.indices = update.factor = None
 
 
 def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -17,72 +17,106 @@ import torch
 from torch import Tensor
 
 from gpurms import backend
-from gpurms.kernels.rule import Flags, Step, Update
+from gpurms.kernels.rule import Flags, Step, Update, release
 from gpurms.torch import tensors
 from gpurms.torch.memory import Array, Looks, Memory, addresses, reach
 from gpurms.torch.scaling import Factors
 from gpurms.torch.tensors import TYPES, array, array_type
 
 Launch = Callable[[], None]
+KEPT = 4
+"""Combinations that are remembered: of layouts of gradients; of parameters that have gradients."""
 
 _layout = attrgetter("layout")
 
 
 class Members:
-    """Parameters, and of each what this rank holds of it and of its slots."""
+    """Parameters, and of each what this rank holds of it and of its slots; ``steps`` count their steps."""
 
     def __init__(
-        self, parameters: list[Tensor], own: Sequence[Tensor], slots: list[Sequence[Tensor]], now: Step
+        self,
+        parameters: list[Tensor],
+        own: Sequence[Tensor],
+        slots: list[Sequence[Tensor]],
+        steps: list[Tensor],
+        flags: Flags,
     ) -> None:
         """``slots``: by name of the slot, then by parameter."""
         for var in own:
             if tensors.overlaps_itself(var):
                 raise RuntimeError(f"a parameter of shape {tuple(var.shape)}: several of its elements share memory")
-        self._parameters, self._own = parameters, own
-        self._flags = now.flags
+            if var.numel() and not var.data_ptr():
+                raise RuntimeError(f"a parameter: a {type(var).__name__} has no memory of its own")
+        self.parameters, self.steps, self.flags = parameters, steps, flags
+        self._own = own
         written = [*own, *(slot for of_name in slots for slot in of_name)]
         self._looks, self._addresses = Looks(written), addresses(written)
-        self._memory = Memory(written)
         self._arrays = list(zip(own, *slots))
+        self._memory = Memory(self._arrays)
         self._is_flat = [
-            not self._memory.overlaps and tensors.is_dense(var) and all(slot.stride() == var.stride() for slot in rest)
-            for var, *rest in self._arrays
+            i not in self._memory.overlapping
+            and tensors.is_dense(var)
+            and all(tensors.steps(slot) == tensors.steps(var) for slot in rest)
+            for i, (var, *rest) in enumerate(self._arrays)
         ]
         self._updates: dict[tuple[int, Any], Update] = {}
-        self._direct: _Direct | None = None
+        self._direct: dict[tuple[torch.layout, ...], _Direct] = {}  # by the layouts of all gradients
 
-    def are(self, parameters: list[Tensor]) -> bool:
-        """Whether these are they, wherever they may be now."""
-        return len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
-
-    def fit(self, parameters: list[Tensor], own: Sequence[Tensor], slots: list[Sequence[Tensor]], flags: Flags) -> bool:
+    def fit(
+        self,
+        parameters: list[Tensor],
+        own: Sequence[Tensor],
+        slots: list[Sequence[Tensor]],
+        steps: list[Tensor],
+        flags: Flags,
+    ) -> bool:
         """Whether these are still they, where they were."""
-        if not self.are(parameters):
+        if len(parameters) != len(self.parameters) or not all(map(is_, parameters, self.parameters)):
             return False
         written = [*own, *(slot for of_name in slots for slot in of_name)]
-        return flags == self._flags and np.array_equal(addresses(written), self._addresses) and self._looks.fit(written)
+        return (
+            flags == self.flags
+            and all(map(is_, steps, self.steps))
+            and bool((addresses(written) == self._addresses).all())
+            and self._looks.fit(written)
+        )
 
     def plan(self, grads: Sequence[Tensor], now: Step, factors: Factors) -> list[Launch]:
         """Check the gradients and prepare all updates; what is returned applies them, in order."""
-        direct = self._direct
-        if direct is None or not direct.fit(grads) or self._memory.met_by(*direct.reach(grads)).any():
-            grads = [self._normal(i, grad) for i, grad in enumerate(grads)]
-            if direct is None or not direct.fit(grads):
-                direct = self._direct = self._make_direct(grads, now)
-        launches = direct.launches(grads, now, factors)
-        rest: list[tuple[backend.Backend, Update]] = []
-        for i in direct.others:
-            update = self._filled(i, self._normal(i, grads[i]), now)
-            home = backend.require(update.var)
-            update.factor = factors.of(update.rule, home.device(update.var))
-            rest.append((home, update))
+        layouts = tuple(map(_layout, grads))
+        direct = self._direct.get(layouts)
+        if direct is None or not direct.fit(grads):
+            if len(self._direct) > KEPT:
+                self._direct.clear()
+            direct = self._direct[layouts] = self._make_direct(grads, now)
+        picked, pointers = self._addressed(direct, direct.picked(grads))
+        launches = direct.launches(picked, pointers, now, factors)
+        rest: list[tuple[backend.Backend, Update, bool]] = []
         try:
-            return launches + self._plan_rest(rest)
+            for i in direct.others:
+                update = self._filled(i, self._normal(i, grads[i]), now)
+                home = backend.require(update.var)
+                update.factor = factors.of(update.rule, home.device(update.var))
+                rest.append((home, update, i in self._memory.overlapping))
+            return launches + _plan_rest(rest)
         except BaseException:
-            release([update for _, update in rest])
+            release(list(self._updates.values()))
             raise
 
     # ------------------------------------------------------------------------------------------------- gradients
+
+    def _addressed(self, direct: _Direct, grads: Sequence[Tensor]) -> tuple[Sequence[Tensor], Array]:
+        """Gradients that go by address, and where they are: copies of those that cannot be read as they lie."""
+        pointers = addresses(grads)
+        copied = self._memory.met_by(pointers, direct.n_bytes)
+        copied[direct.unlike] = True
+        if not copied.any():
+            return grads, pointers
+        found = list(grads)
+        for k in np.flatnonzero(copied).tolist():
+            found[k] = self._normal(direct.places[k], grads[k])
+            pointers[k] = found[k].data_ptr()
+        return found, pointers
 
     def _normal(self, i: int, grad: Tensor) -> Tensor:
         """A checked gradient, laid out like its parameter, in memory that the step does not write to."""
@@ -101,9 +135,13 @@ class Members:
         if grad.layout is torch.sparse_coo:
             return grad.clone() if self._is_written(grad._values()) else grad
         grad = grad.resolve_neg()
-        if self._is_flat[i] and grad.stride() != var.stride():
-            return torch.empty_like(var, dtype=grad.dtype, requires_grad=False).copy_(grad)
-        return grad.clone() if self._is_written(grad) else grad
+        if self._is_flat[i] and tensors.steps(grad) != tensors.steps(var):
+            grad = torch.empty_like(var, dtype=grad.dtype, requires_grad=False).copy_(grad)
+        if self._is_written(grad):
+            grad = grad.clone()
+        if grad.numel() and not grad.data_ptr():
+            raise RuntimeError(f"{what}: a {type(grad).__name__} has no memory of its own")
+        return grad
 
     def _is_written(self, tensor: Tensor) -> bool:
         return bool(self._memory.met_by(addresses([tensor]), np.array([reach(tensor)])).any())
@@ -114,11 +152,11 @@ class Members:
         """The update of a parameter whose arrays are seen through ``view``; kept, with what kernels prepare in it."""
         update = self._updates.get((i, kind))
         compute = array_type(TYPES[self._own[i].dtype])
-        rule = now.rule(compute, self._flags.has_momentum)
+        rule = now.rule(compute, self.flags.has_momentum)
         if update is None:
             var, rms, *rest = (array(view(tensor)) for tensor in self._arrays[i])
-            mom = rest.pop(0) if self._flags.has_momentum else None
-            mg = rest.pop(0) if self._flags.centered else None
+            mom = rest.pop(0) if self.flags.has_momentum else None
+            mg = rest.pop(0) if self.flags.centered else None
             update = self._updates[i, kind] = Update(var, rms, mom, mg, rule, grad=None)
         update.rule = rule
         return update
@@ -153,10 +191,14 @@ class Members:
     def _make_direct(self, grads: Sequence[Tensor], now: Step) -> _Direct:
         """Send by address all that can be."""
         places: dict[backend.Backend, list[int]] = {}
+        unlike = set()
         for i, grad in enumerate(grads):
+            normal = self._normal(i, grad)
             if self._is_flat[i] and grad.layout is torch.strided:
-                home = backend.require(self._filled(i, grad, now).var)
+                home = backend.require(self._filled(i, normal, now).var)
                 places.setdefault(home, []).append(i)
+                if grad.is_neg() or tensors.steps(grad) != tensors.steps(self._own[i]):
+                    unlike.add(i)
         launches = []
         for home, at in places.items():
             updates = [self._updates[i, "flat"] for i in at]
@@ -164,71 +206,59 @@ class Members:
             release(updates)
             if run is not None:
                 launches.append((run, home.device(updates[0].var) is None, at))
-        return _Direct(launches, grads)
-
-    def _plan_rest(self, rest: Sequence[tuple[backend.Backend, Update]]) -> list[Launch]:
-        """One plan per library; where parameters share memory one after the other."""
-        if self._memory.overlaps:
-            batches = [(home, [update]) for home, update in rest]
-        else:
-            by_home: dict[backend.Backend, list[Update]] = {}
-            for home, update in rest:
-                by_home.setdefault(home, []).append(update)
-            batches = list(by_home.items())
-        launches: list[Launch] = []
-        for home, updates in batches:
-            launches.append(_releasing(home.plan_unsent(updates), updates))
-        return launches
+        return _Direct(launches, unlike, grads)
 
 
 class _Direct:
     """Parameters that go by address, while their gradients look the same."""
 
-    def __init__(self, launches: list[tuple[Callable[..., None], bool, list[int]]], grads: Sequence[Tensor]) -> None:
-        """``launches``: how to update by address, whether on the host, and whose gradients these are."""
-        places = [i for _, _, at in launches for i in at]
+    def __init__(
+        self,
+        launches: list[tuple[Callable[..., None], bool, list[int]]],
+        unlike: set[int],
+        grads: Sequence[Tensor],
+    ) -> None:
+        """``launches``: how to update by address, whether on the host, and whose gradients these are.
+
+        ``unlike``: whose gradients are laid out in another way than they are, and have to be copied.
+        """
+        self.places = [i for _, _, at in launches for i in at]
         self._launches, first = [], 0
         for run, on_host, at in launches:
             self._launches.append((run, on_host, slice(first, first + len(at))))
             first += len(at)
-        self._places = None if places == list(range(len(grads))) else places
-        self.others = sorted(set(range(len(grads))) - set(places))
-        self._layouts = list(map(_layout, grads))
-        self._looks = Looks(self._picked(grads))
-        self._n_bytes = np.array([reach(grad) for grad in self._picked(grads)], np.int64)
+        self._all = self.places == list(range(len(grads)))
+        self.unlike = [k for k, i in enumerate(self.places) if i in unlike]
+        self.others = sorted(set(range(len(grads))) - set(self.places))
+        picked = self.picked(grads)
+        self._looks = Looks(picked)
+        self.n_bytes = np.array([reach(grad) for grad in picked], np.int64)
 
-    def _picked(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        return grads if self._places is None else [grads[i] for i in self._places]
+    def picked(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those of all gradients that go by address."""
+        return grads if self._all else [grads[i] for i in self.places]
 
     def fit(self, grads: Sequence[Tensor]) -> bool:
-        """Whether the same gradients go by address, and look the same."""
-        if list(map(_layout, grads)) != self._layouts or any(map(Tensor.is_neg, grads)):
-            return False
-        return self._looks.fit(self._picked(grads))
+        """Whether they look the same, where their layouts are."""
+        return self._looks.fit(self.picked(grads))
 
-    def reach(self, grads: Sequence[Tensor]) -> tuple[Array, Array]:
-        """Where they begin, and their bytes."""
-        return addresses(self._picked(grads)), self._n_bytes
-
-    def launches(self, grads: Sequence[Tensor], now: Step, factors: Factors) -> list[Launch]:
-        """Of these gradients, which the launches keep alive."""
-        picked = self._picked(grads)
-        return [partial(self._launch, picked, addresses(picked), now, factors)] if self._launches else []
+    def launches(self, grads: Sequence[Tensor], pointers: Array, now: Step, factors: Factors) -> list[Launch]:
+        """Of the picked gradients, which the launches keep alive."""
+        return [partial(self._launch, grads, pointers, now, factors)] if self._launches else []
 
     def _launch(self, grads: Sequence[Tensor], pointers: Array, now: Step, factors: Factors) -> None:
         for run, on_host, at in self._launches:
             run(pointers[at], now, factors.host if on_host else factors.on_gpu)
 
 
-def release(updates: Sequence[Update]) -> None:
-    """Let go of gradients, which would otherwise live until the next step."""
-    for update in updates:
-        update.grad = update.indices = update.factor = None
+def _plan_rest(rest: Sequence[tuple[backend.Backend, Update, bool]]) -> list[Launch]:
+    """One plan per library; of parameters that share memory, one after the other."""
+    batches: dict[Any, tuple[backend.Backend, list[Update]]] = {}
+    for i, (home, update, shares) in enumerate(rest):
+        batches.setdefault(i if shares else home, (home, []))[1].append(update)
+    return [partial(_apply, home.plan_unsent(updates), updates) for home, updates in batches.values()]
 
 
-def _releasing(plan: Callable[[], None], updates: list[Update]) -> Launch:
-    def run() -> None:
-        plan()
-        release(updates)
-
-    return run
+def _apply(plan: Callable[[], None], updates: list[Update]) -> None:
+    plan()
+    release(updates)

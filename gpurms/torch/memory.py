@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,23 @@ _look = attrgetter("dtype", "shape", "device")
 
 
 class Looks:
-    """How strided tensors looked: all about them but their addresses."""
+    """How strided tensors looked: all about them but their addresses.
+
+    Compared one by one: lists of what they look like now would be so many objects that each step collected garbage.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._looks = list(map(_look, tensors))
         self._strides = list(map(Tensor.stride, tensors))
+        self._negative = list(map(Tensor.is_neg, tensors))
 
     def fit(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these look the same."""
-        return list(map(_look, tensors)) == self._looks and list(map(Tensor.stride, tensors)) == self._strides
+        """Whether these, of the same number, look the same."""
+        return (
+            all(map(eq, map(_look, tensors), self._looks))
+            and all(map(eq, map(Tensor.stride, tensors), self._strides))
+            and all(map(is_, map(Tensor.is_neg, tensors), self._negative))
+        )
 
 
 def addresses(tensors: Sequence[Tensor]) -> Array:
@@ -40,13 +47,25 @@ def reach(tensor: Tensor) -> int:
 
 
 class Memory:
-    """The memory that a step writes to."""
+    """The memory that a step writes to: parameters and slots, as ``members`` of tensors that belong together."""
 
-    def __init__(self, written: Sequence[Tensor]) -> None:
-        spans = sorted((tensor.data_ptr(), tensor.data_ptr() + reach(tensor)) for tensor in written if tensor.numel())
-        self.overlaps = any(before[1] > after[0] for before, after in pairwise(spans))
-        self._starts = np.array([start for start, _ in spans], np.int64)
-        self._ends = np.maximum.accumulate(np.array([0, *(end for _, end in spans)], np.int64))  # of those before, too
+    def __init__(self, members: Sequence[Sequence[Tensor]]) -> None:
+        spans = sorted(
+            (tensor.data_ptr(), tensor.data_ptr() + reach(tensor), place)
+            for place, written in enumerate(members)
+            for tensor in written
+            if tensor.numel()
+        )
+        self.overlapping: set[int] = set()
+        """Places of members that share memory with others."""
+        furthest, holder = 0, -1
+        for start, end, place in spans:
+            if start < furthest:
+                self.overlapping |= {place, holder}
+            if end > furthest:
+                furthest, holder = end, place
+        self._starts = np.array([start for start, _, _ in spans], np.int64)
+        self._ends = np.maximum.accumulate(np.array([0, *(end for _, end, _ in spans)], np.int64))
 
     def met_by(self, starts: Array, n_bytes: Array) -> Array:
         """Which of these stretches of memory lie in it, in part or whole; or nowhere, as a ZeroTensor of torch does."""

@@ -46,7 +46,8 @@ class RMSprop(Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of them: float16, bfloat16, float32 or float64, on the CPU or
-            CUDA, in any memory layout; DTensors too, of which each rank updates its own part.
+            CUDA, in any memory layout (dimensions that a gradient has sparse together must be as one in memory);
+            DTensors too, of which each rank updates its own part.
         lr: step size >= 0, a number or a tensor of one element; one on a GPU is read there. Default 0.01.
         alpha: decay >= 0 of the moving averages. Default 0.99.
         eps: number >= 0, added to the root. Default 1e-8.
@@ -68,6 +69,9 @@ class RMSprop(Optimizer):
         RuntimeError: ``differentiable=True``; a parameter of another type or device. At a step: a gradient that is
             sparse in another layout than COO.
         IndexError: at a step, a sparse gradient for a row that does not exist (CPU).
+
+    A graph that has captured a step must not outlive the optimizer, which keeps the memory of all it has captured. On
+    the CPU a step takes all cores that the process may run on, or ``OMP_NUM_THREADS`` if that is less.
 
     A step that raises has changed nothing. State of 16-bit parameters is kept in float32, and stays so when it is saved
     and loaded; ``torch.optim.RMSprop`` rounds it to the parameters' type when it loads it. Under
@@ -150,11 +154,16 @@ class RMSprop(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take the state of this class or of ``torch.optim.RMSprop``; see ``torch.optim.Optimizer``.
 
-        Options that the saved groups lack keep the values that they were constructed with.
+        Options that the saved groups lack stay as they are in this optimizer's.
         """
         loaded: list[StateDict] = []
+        own_options = [
+            {option: group[option] for option in OWN_OPTIONS if option in group} for group in self.param_groups
+        ]
 
         def restore(_: Optimizer) -> None:
+            for group, options, saved_group in zip(self.param_groups, own_options, loaded[0]["param_groups"]):
+                group.update({option: value for option, value in options.items() if option not in saved_group})
             saved = [key for group in loaded[0]["param_groups"] for key in group["params"]]
             own = [parameter for group in self.param_groups for parameter in group["params"]]
             for key, parameter in zip(saved, own, strict=True):
@@ -190,6 +199,8 @@ class RMSprop(Optimizer):
                 loss = closure()
         scale = LossScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         groups = []
+        for place in range(len(self.param_groups), len(self._steps)):
+            self._steps.pop(place, None)  # of a group that has been removed
         for place, group in enumerate(self.param_groups):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
@@ -202,10 +213,12 @@ class RMSprop(Optimizer):
             prepared = [
                 known.prepare(group, parameters, self.state, scale, capturing) for known, group, parameters in groups
             ]
-            for apply in prepared:
-                kept = apply()
-                if kept is not None:
-                    self._captured.append(kept)
+            for each in prepared:
+                each.apply(self.state)
+            scale.count_step([step for each in prepared for step in each.members.steps])
+            torch.autograd.graph.increment_version(members)
+            if capturing:
+                self._captured.append(prepared)
         return loss
 
 

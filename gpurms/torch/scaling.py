@@ -69,8 +69,14 @@ class LossScale(NamedTuple):
         flag = self.found_inf.to(torch.float32).reshape(1)
         return {device: array(flag.to(torch.device("cuda", device), non_blocking=True)) for device in devices}
 
-    def counted(self, device: torch.device) -> Tensor:
-        """1, or 0 for a GPU that leaves out the step."""
-        if device.type == "cuda" and isinstance(self.found_inf, Tensor) and self.found_inf.is_cuda:
-            return (self.found_inf.reshape(()) == 0).to(device, torch.float32, non_blocking=True)
-        return torch.ones((), device=device)
+    def count_step(self, steps: Sequence[Tensor]) -> None:
+        """Add 1 to each, on a GPU that leaves out the step 0."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for each in steps:
+            by_device.setdefault(each.device, []).append(each)
+        for device, some in by_device.items():
+            if device.type == "cuda" and isinstance(self.found_inf, Tensor) and self.found_inf.is_cuda:
+                one = (self.found_inf.reshape(()) == 0).to(device, torch.float32, non_blocking=True)
+            else:
+                one = torch.ones((), device=device)
+            torch._foreach_add_(some, one, alpha=1.0)

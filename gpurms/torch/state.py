@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpurms.kernels.rule import Flags, Step
-from gpurms.torch.tensors import TYPES, is_dense, overlaps_itself, spread
+from gpurms.torch.tensors import TYPES, has_own_memory, is_dense, overlaps_itself, spread, steps
 
 State = MutableMapping[str, Any]
 
@@ -24,7 +24,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError("Tensor lr must be 1-element")
     for option, words in _NUMBERS.items():
         value = group[option]
-        if isinstance(value, Tensor) and value.is_cuda:
+        if option == "lr" and isinstance(value, Tensor) and value.is_cuda:
             continue  # to look at it would mean to wait for it
         if not value >= 0.0:
             raise ValueError(f"Invalid {words}: {value}")
@@ -40,6 +40,8 @@ def check_parameter(parameter: Tensor) -> None:
         problem = f"expected it on the CPU or CUDA; got {parameter.device}"
     elif parameter.layout is not torch.strided:
         problem = f"expected a strided tensor; got {parameter.layout}"
+    elif not has_own_memory(parameter):
+        problem = f"expected a tensor with memory of its own; got a {type(parameter).__name__}, which wraps others"
     else:
         return  # of any shape: that of a lazy module's parameter is not known yet
     raise RuntimeError(f"a parameter of shape {tuple(parameter.shape)}: {problem}")
@@ -85,17 +87,22 @@ def missing(parameter: Tensor, state: State | None, names: Sequence[str]) -> Sta
     new: State = {}
     step = state.get("step")
     if step is None:
-        new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    elif not isinstance(step, Tensor):
-        raise RuntimeError(f"state 'step': expected a tensor of one element; got {step!r}")
-    elif step.device != parameter.device or not step.is_floating_point():
-        new["step"] = step.to(parameter.device, torch.float32)
+        with torch.inference_mode(False):  # later steps may be outside of it
+            new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    elif not isinstance(step, Tensor) or step.numel() != 1 or step.is_meta:
+        raise RuntimeError(f"state 'step': expected a tensor of one element; got {step!r:.80}")
+    elif step.device != parameter.device or not step.is_floating_point() or step.is_inference():
+        with torch.inference_mode(False):
+            new["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device).copy_(step.reshape(()))
     for name in names:
         slot = state.get(name)
         if slot is None:
             compute = TYPES[parameter.dtype]
-            new[name] = torch.zeros_like(parameter, dtype=compute, memory_format=torch.preserve_format)
+            with torch.inference_mode(False):
+                new[name] = torch.zeros_like(parameter, dtype=compute, memory_format=torch.preserve_format)
             continue
+        if not isinstance(slot, Tensor):
+            raise RuntimeError(f"state {name!r}: expected a tensor; got {slot!r:.80}")
         if slot.shape != parameter.shape or slot.device != parameter.device or slot.dtype not in TYPES:
             raise RuntimeError(
                 f"state {name!r} does not fit its parameter of shape {tuple(parameter.shape)} on {parameter.device}: "
@@ -107,7 +114,7 @@ def missing(parameter: Tensor, state: State | None, names: Sequence[str]) -> Sta
                 f"like the parameter, by {spread(parameter)}; got {spread(slot)}. The functions of "
                 "torch.distributed.checkpoint.state_dict load state that is whole or spread otherwise"
             )
-        if overlaps_itself(slot) or (slot.stride() != parameter.stride() and is_dense(parameter)):
+        if overlaps_itself(slot) or (steps(slot) != steps(parameter) and is_dense(parameter)):
             new[name] = torch.empty_like(parameter, dtype=slot.dtype).copy_(slot)
     return new
 

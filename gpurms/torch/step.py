@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -10,76 +11,83 @@ import torch
 from torch import Tensor
 
 from gpurms import backend
-from gpurms.kernels.rule import SCALARS, Step
+from gpurms.kernels.rule import SCALARS, Flags, Step
 from gpurms.torch import state, tensors
-from gpurms.torch.members import Members
+from gpurms.torch.members import KEPT, Launch, Members
 from gpurms.torch.scaling import LossScale
 from gpurms.torch.state import State
 from gpurms.torch.tensors import TYPES, array, array_type
 
 States = MutableMapping[Tensor, State]
 _device = attrgetter("device")
-KEPT = 4
-"""Sets of parameters with gradients that a group remembers: some loops use one part of a model, then another."""
 FIRST_STEP = "take one step with these parameters before capturing one: it makes their state, or brings it beside them"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step of one group that can no longer fail."""
+
+    members: Members
+    added: dict[Tensor, State]  # what the state of each parameter lacked
+    launches: list[Launch]
+    kept: Any  # what a captured graph needs besides
+
+    def apply(self, states: States) -> None:
+        """Change state and parameters."""
+        for parameter, new in self.added.items():
+            if new:
+                states[parameter].update(new)
+        for launch in self.launches:
+            launch()
 
 
 class GroupStep:
     """What the steps of a parameter group keep for those that follow."""
 
     def __init__(self) -> None:
-        self._known: list[Members] = []  # the latest first
+        self._known: list[Members] = []  # the latest first: some loops use one part of a model, then another
         self._live: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def prepare(
         self, group: Mapping[str, Any], parameters: list[Tensor], states: States, scale: LossScale, capturing: bool
-    ) -> Callable[[], Any]:
-        """Check everything; the function returned changes things, and returns what a captured graph needs, or None.
+    ) -> Prepared:
+        """Check everything. ``parameters`` are those with gradients, at least one.
 
-        ``parameters`` are those with gradients, at least one. ``capturing``: the step goes into a graph.
+        ``capturing``: the step goes into a graph.
         """
         if capturing and not group["capturable"]:
             raise RuntimeError("a step can be captured in a graph only with capturable=True in all parameter groups")
         own = tensors.local(parameters)
         devices = sorted(device.index for device in set(map(_device, own)) if device.type == "cuda")
         live = self._live_scalars(group["lr"], own)
-        skip = scale.skip(devices)
-        now = state.read_step(group, scale.grad_scale is not None, live, skip)
-        names = state.slot_names(now.flags)
+        now = state.read_step(group, scale.grad_scale is not None, live, scale.skip(devices))
+        members, added = self._members(parameters, own, states, now.flags, capturing)
+        launches = members.plan(tensors.gradients(parameters), now, scale.factors(devices))
+        if live:
+            launches = [lambda: _send(live, self._live, now, group), *launches]
+        return Prepared(members, added, launches, (scale, group["lr"]))
 
+    def _members(
+        self, parameters: list[Tensor], own: Sequence[Tensor], states: States, flags: Flags, capturing: bool
+    ) -> tuple[Members, dict[Tensor, State]]:
+        """The parameters with their slots, and what the state of each lacks."""
+        names = state.slot_names(flags)
         slots, steps = _slots(parameters, states, names)
-        if capturing and (steps is None or list(map(_device, steps)) != list(map(_device, own))):
+        if slots is not None:
+            for known in self._known:
+                if known.fit(parameters, own, slots, steps, flags):
+                    return known, {}
+        if capturing and (slots is None or list(map(_device, steps)) != list(map(_device, own))):
             raise RuntimeError(FIRST_STEP)
-        fitting = (each for each in self._known if slots is not None and each.fit(parameters, own, slots, now.flags))
-        members, added = next(fitting, None), {}
-        if members is None:
-            added = {each: state.missing(each, states.get(each), names) for each in parameters}
-            merged = {each: {**states.get(each, {}), **new} for each, new in added.items()}
-            slots, steps = _slots(parameters, merged, names)
-            assert slots is not None
-            members = Members(parameters, own, slots, now)
+        added = {each: state.missing(each, states.get(each), names) for each in parameters}
         if capturing and any(added.values()):
             raise RuntimeError(FIRST_STEP)
-        factors = scale.factors(devices)
-        launches = members.plan(tensors.gradients(parameters), now, factors)
-        counts = _by_device(steps)
-
-        def apply() -> Any:
-            others = [each for each in self._known if each is not members and not each.are(parameters)]
-            self._known = [members, *others][:KEPT]
-            for each, new in added.items():
-                if new:
-                    states[each].update(new)
-            if live:
-                _send(live, self._live, now, group)
-            for launch in launches:
-                launch()
-            for device, some in counts.items():
-                torch._foreach_add_(some, scale.counted(device), alpha=1.0)
-            torch.autograd.graph.increment_version(parameters)
-            return (launches, counts, scale, group["lr"]) if capturing else None
-
-        return apply
+        merged = {each: {**states.get(each, {}), **new} for each, new in added.items()}
+        slots, steps = _slots(parameters, merged, names)
+        members = Members(parameters, own, slots, steps, flags)
+        # What is no longer where it was would be kept alive for nothing.
+        self._known = [members, *(each for each in self._known if _is_up_to_date(each, states))][:KEPT]
+        return members, added
 
     def _live_scalars(self, lr: Any, own: Sequence[Tensor]) -> dict[Any, Any] | None:
         """By (device, compute type) the scalars of the step on each GPU, for an ``lr`` that is on one; else None."""
@@ -95,12 +103,25 @@ class GroupStep:
 
 
 def _slots(parameters: Sequence[Tensor], states: Mapping[Tensor, State], names: Sequence[str]) -> Any:
-    """This rank's part of the slots, by name, then by parameter; and the numbers of steps. None if one is missing."""
+    """This rank's part of the slots, by name, then by parameter, and the counts of steps; None, None if one is missing.
+
+    Nor if one is no tensor.
+    """
     found: Any = [states.get(each) for each in parameters]
     try:
-        return [tensors.local([each[name] for each in found]) for name in names], [each["step"] for each in found]
+        slots = [[each[name] for each in found] for name in names]
+        steps = [each["step"] for each in found]
     except (KeyError, TypeError):
         return None, None
+    if not all(issubclass(kind, Tensor) for some in (*slots, steps) for kind in set(map(type, some))):
+        return None, None
+    return list(map(tensors.local, slots)), steps
+
+
+def _is_up_to_date(members: Members, states: States) -> bool:
+    slots, steps = _slots(members.parameters, states, state.slot_names(members.flags))
+    own = tensors.local(members.parameters)
+    return slots is not None and members.fit(members.parameters, own, slots, steps, members.flags)
 
 
 def _send(live: Mapping[Any, Any], places: Mapping[Any, Tensor], now: Step, group: Mapping[str, Any]) -> None:
@@ -110,10 +131,3 @@ def _send(live: Mapping[Any, Any], places: Mapping[Any, Tensor], now: Step, grou
     for place in places.values():
         place[SCALARS.index("lr")].copy_(lr, non_blocking=True)
         place[SCALARS.index("lr_weight_decay")].copy_(lr * now.weight_decay, non_blocking=True)
-
-
-def _by_device(some: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
-    found: dict[torch.device, list[Tensor]] = {}
-    for each in some:
-        found.setdefault(each.device, []).append(each)
-    return found

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from gpurms.torch.memory import reach
 
 TYPES = {
     torch.float16: torch.float32,
@@ -42,24 +45,30 @@ def array_type(dtype: torch.dtype) -> np.dtype[Any]:
 
 def array(tensor: Tensor) -> Any:
     """A plain strided tensor's memory as an array, which keeps it alive."""
-    tensor = tensor.detach()
+    shape, dtype = tuple(tensor.shape), array_type(tensor.dtype)
+    strides = tuple(tensor.element_size() * step for step in tensor.stride())
     if tensor.is_cuda:
-        return _on_gpu(tensor)
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(array_type(tensor.dtype))
-    return tensor.numpy()
+        import cupy
+
+        memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), reach(tensor), tensor, tensor.device.index)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+    if tensor.numel() == 0:
+        return np.empty(shape, dtype)
+    return np.asarray(_Bits(tensor, shape, strides)).view(dtype)
 
 
-def _on_gpu(tensor: Tensor) -> Any:
-    import cupy
+class _Bits:
+    """A tensor as NumPy takes memory of others. ``Tensor.numpy`` would keep its storage from ever being resized."""
 
-    size, dtype = tensor.element_size(), array_type(tensor.dtype)
-    n_bytes = (
-        size * (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))) if tensor.numel() else 0
-    )
-    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), n_bytes, tensor, tensor.device.index)
-    strides = tuple(size * step for step in tensor.stride())
-    return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        self.tensor = tensor.detach()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{tensor.element_size()}",
+            "data": (tensor.data_ptr(), False),
+            "shape": shape,
+            "strides": strides,
+        }
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -75,6 +84,11 @@ def is_dense(tensor: Tensor) -> bool:
     return steps[0][0] == 1 and all(step * n == following for (step, n), (following, _) in pairwise(steps))
 
 
+def steps(tensor: Tensor) -> list[int]:
+    """Strides of the dimensions that have any: where one has a length of 1, nothing depends on it."""
+    return [step for step, n in zip(tensor.stride(), tensor.shape) if n != 1]
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements share memory, as in an expanded tensor; some intricate cases are not found."""
     return tensor.numel() > 0 and any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape))
@@ -86,6 +100,11 @@ def local(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if distributed is None or not any(issubclass(kind, distributed.DTensor) for kind in set(map(type, tensors))):
         return tensors
     return [tensor.to_local() if isinstance(tensor, distributed.DTensor) else tensor for tensor in tensors]
+
+
+def has_own_memory(tensor: Tensor) -> bool:
+    """Not so a subclass that wraps others; of a distributed tensor it is this rank's part that has it."""
+    return not is_traceable_wrapper_subclass(local([tensor])[0])
 
 
 def gradients(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -138,7 +157,7 @@ def table(tensor: Tensor, n_sparse: int) -> Tensor:
         return tensor.view(-1, *tensor.shape[n_sparse:])
     except RuntimeError as error:
         raise RuntimeError(
-            f"a gradient with {n_sparse} sparse dimensions needs a parameter in which these follow each other in memory; "
+            f"a gradient with {n_sparse} sparse dimensions needs a parameter in which these are as one in memory; "
             f"got shape {tuple(tensor.shape)}, strides {tensor.stride()}"
         ) from error
 

@@ -224,8 +224,14 @@ STEPS: dict[str, tuple[Callable[[RMSprop], None], type[Exception], str]] = {
         RuntimeError,
         "'square_avg' does not fit",
     ),
-    "state is a number": (state("square_avg", 1.0), TypeError, "float"),
-    "step is a number": (state("step", 3), AttributeError, "device"),
+    "state is a number": (state("square_avg", 1.0), RuntimeError, "'square_avg': expected a tensor; got 1.0"),
+    "step is a number": (state("step", 3), RuntimeError, "'step': expected a tensor of one element; got 3"),
+    "step has two elements": (state("step", torch.zeros(2)), RuntimeError, "'step': expected a tensor of one element"),
+    "step is nowhere": (
+        state("step", torch.zeros((), device="meta")),
+        RuntimeError,
+        "'step': expected a tensor of one element",
+    ),
 }
 
 

@@ -25,17 +25,18 @@ def parameters(sizes: Sequence[int], device: str = "cpu") -> list[torch.nn.Param
     return made
 
 
-def optimizer(name: str, of: Sequence[torch.nn.Parameter], momentum: bool = False, **options: Any) -> Any:
-    """The contestant of that name, with the numbers that all have."""
+def optimizer(name: str, of: Any, momentum: bool = False, **options: Any) -> Any:
+    """The contestant of that name, with the numbers that all have; ``of``: parameters, or groups of them."""
     numbers = {"lr": LR, "alpha": RHO, "eps": EPSILON, "momentum": MOMENTUM if momentum else 0.0}
     if name == GPURMS:
         return RMSprop(of, **numbers, **options)
     return torch.optim.RMSprop(of, **numbers, foreach=name == FOREACH, **options)
 
 
-def fresh(name: str, of: Sequence[torch.nn.Parameter]) -> Ready:
+def fresh(name: str, of: Sequence[torch.nn.Parameter], n_groups: int = 1) -> Ready:
     """A step with new gradients each time, as a backward pass leaves them."""
-    taken = optimizer(name, of)
+    groups = [{"params": of[i::n_groups]} for i in range(n_groups)]
+    taken = optimizer(name, [group for group in groups if group["params"]])
 
     def ready() -> Any:
         for parameter in of:

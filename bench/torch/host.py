@@ -6,7 +6,8 @@ from bench.answer import Answer, Goal
 from bench.measure import Race
 from bench.torch.contestants import FOR_LOOP, FOREACH, GPURMS, fresh, parameters
 
-SIZE = 256
+SIZE, N_GROUPS = 256, 50
+IN_GROUPS = f", {N_GROUPS} groups"
 
 
 def run(quick: bool) -> Answer:
@@ -14,6 +15,8 @@ def run(quick: bool) -> Answer:
     race = Race()
     for name in (GPURMS, FOREACH, FOR_LOOP):
         race.enter(name, lambda name=name: fresh(name, parameters([SIZE] * count)))
+    for name in (GPURMS, FOREACH):
+        race.enter(name + IN_GROUPS, lambda name=name: fresh(name, parameters([SIZE] * count), N_GROUPS))
     title = f"{count:,} parameter tensors of {SIZE} elements"
     answer = Answer("host", title, f"plain rule, float32, new gradient tensors at every step, {rounds} rounds")
     answer.add_times(race.run(rounds), race.skipped)
@@ -24,4 +27,5 @@ def run(quick: bool) -> Answer:
         )
     for name in (FOREACH, FOR_LOOP):
         answer.add_ratio(name, GPURMS)
+    answer.add_ratio(FOREACH + IN_GROUPS, GPURMS + IN_GROUPS)
     return answer

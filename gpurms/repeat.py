@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter, is_
+from operator import attrgetter, eq, is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,8 +59,8 @@ class Repeat:
         data = list(map(_data, grads))
         memory = list(map(_memory, data))
         fits = (
-            list(map(_look, grads)) == self._looks
-            and list(map(_shape, self._arrays)) == self._shapes
+            all(map(eq, map(_look, grads), self._looks))  # one by one: lists would be garbage to collect
+            and all(map(eq, map(_shape, self._arrays), self._shapes))
             and set(map(_device, data)) == {self._device}
             and optimizer._slots.owners.isdisjoint((0, *map(id, memory)))
             and not any(variable.constraint for variable in self._constrained)

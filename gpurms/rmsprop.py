@@ -199,6 +199,8 @@ class RMSprop(State):
             if now.flags == self._repeat.flags:
                 return self._again(pointers, now)
         gradients.check_items(items)
+        if step.clip(self) is not None:
+            _check_whole(items)
         pairs = gradients.check_pairs(self._slots, items, self.check_indices, self.dense_only)
         captured = self.capturable and capture.is_capturing(pairs)
         if captured:
@@ -369,6 +371,15 @@ def _constrain(variable: Any) -> None:
                 f"{label(variable)}: its constraint must return shape {array.shape}; got {np.shape(result)}"
             )
         array[...] = result
+
+
+def _check_whole(items: Iterable[tuple[Any, Any]]) -> None:
+    for _, variable in items:
+        if getattr(variable, "is_part", False):
+            raise ValueError(
+                f"{label(variable)}: clipnorm and global_clipnorm cannot clip it: it is a part of something, and the "
+                "norm of the whole is not known here"
+            )
 
 
 def _check_name(name: str | None) -> None:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from gpurms import IndexedSlices, RMSprop
-from gpurms.distributed import MPIAverage
+from gpurms.distributed import MPIAverage, initial
 from gpurms.distributed.agreement import Intent, agreed
 from gpurms.distributed.average import Average
+from gpurms.distributed.slices import Shard, mean
 from gpurms.distributed.transport import NUMPY
-from tests.support import assert_same_bits, python
+from tests import engines
+from tests.support import DTYPES, assert_same_bits, python
 
 pytestmark = pytest.mark.usefixtures("numpy_engine")
 F32 = np.float32
@@ -135,6 +137,7 @@ def test_lines_are_told_apart_from_their_parts():
         (IndexError("5 is too much"), IndexError, "rank 1: 5 is too much"),
         (TypeError("no"), TypeError, "rank 1: no"),
         (ValueError("no"), ValueError, "rank 1: no"),
+        (RuntimeError("no"), RuntimeError, "rank 1: no"),
         (MemoryError("1 GB"), RuntimeError, "rank 1: MemoryError: 1 GB"),
     ],
 )
@@ -145,6 +148,47 @@ def test_rank_that_fails(failure: Exception, kind: type[Exception], message: str
         assert [str(error) for error in errors] == [message] * 3
         assert errors[1].__cause__ is failure
     assert [str(error) for error in agreement(failure, failure)] == [message.replace("1:", "0:", 1)] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_copies_only_what_has_another_type(dtype: np.dtype):
+    values = np.arange(6).reshape(3, 2).astype(dtype)
+    found = mean(values, 4)
+    wide = np.promote_types(dtype, F32)
+    assert_same_bits(found, (np.arange(6).reshape(3, 2) / 4).astype(wide))
+    assert (found is values) == (dtype.itemsize > 2)
+
+
+def test_a_part_is_not_clipped_by_a_norm():
+    part = Shard(np.ones(3), "part")
+    for option in ("clipnorm", "global_clipnorm"):
+        opt = RMSprop(**{option: 1.0})
+        with pytest.raises(ValueError, match="variable 'part': clipnorm and global_clipnorm cannot clip it"):
+            opt.apply_gradients([(np.ones(3), part)])
+        assert opt.weights == []
+    assert RMSprop(clipvalue=1.0).apply_gradients([(np.ones(3), part)]) == 1
+
+
+def test_a_function_gives_arrays_of_one_library(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(initial, "BLOCK_BYTES", 32)
+    own = range(1, 10, 2)
+    found = initial.first_rows(lambda ids: ids * 10, (10,), np.dtype(F32), own)
+    assert found.tolist() == [10, 30, 50, 70, 90]
+    monkeypatch.setattr(initial, "BLOCK_BYTES", 8)
+    seen = []
+    assert_same_bits(
+        initial.first_rows(lambda ids: seen.append(ids.tolist()) or ids * 10, (10,), np.dtype(F32), own), found
+    )
+    assert seen == [[1, 3], [5, 7], [9]]
+    with engines.emulated():
+        import cupy
+
+        with pytest.raises(TypeError, match="arrays of one library; got NumPy and CuPy arrays"):
+            initial.first_rows(lambda ids: ids if ids[0] == 1 else cupy.asarray(ids), (10,), np.dtype(F32), own)
+    with pytest.raises(ValueError, match=r"must return shape \(1,\) for these rows; got \(2,\)"):
+        initial.first_rows(lambda ids: np.zeros(2), (10,), np.dtype(F32), own)
+    with pytest.raises(ValueError, match=r"must return shape \(0, 3\) for these rows; got \(0,\)"):
+        initial.first_rows(lambda ids: np.zeros(0), (0, 3), np.dtype(F32), range(0))
 
 
 def test_import_is_light():

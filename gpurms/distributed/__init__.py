@@ -11,11 +11,13 @@ a ``ShardedTable`` is larger than the memory of one rank::
     slices = table.scatter(IndexedSlices(grad_of_rows, ids))
     opt.apply_gradients([(grad_of_w, w), (slices, table.shard)])
 
-Every call that exchanges data is collective: all ranks make it, in the same order. It begins by comparing, in a few
-words, what the ranks are about to do. Where they differ, or one of them was given arguments it refuses, every rank
-raises the same error, nothing has changed, and all can go on. An exception between such calls is the program's own: the
-other ranks wait for the rank that raised it, unless the program is started by ``mpiexec -n 4 python -m mpi4py``, which
-then stops them all.
+Every call that exchanges data is collective: all ranks make equally many of them, in the same order. It begins by
+comparing, in a few words, its arguments: kinds, names, shapes and types, not values. Where they differ, or one of them
+is refused, every rank raises the same error, nothing has changed, and all can go on. Settings of the optimizers are
+compared by ``MPIAverage.agree(optimizer)`` and ``ShardedTable.apply``. Without, an optimizer that refuses the averages
+on one rank alone raises there only, and the other ranks take the step. An exception outside of these calls is the
+program's own: the other ranks wait for the rank that raised it, unless the program is started by
+``mpiexec -n 4 python -m mpi4py``, which then stops them all.
 """
 
 from gpurms.distributed.average import MPIAverage as MPIAverage

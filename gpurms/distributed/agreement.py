@@ -17,7 +17,7 @@ import numpy as np
 Words = np.ndarray[Any, np.dtype[np.int64]]
 T = TypeVar("T")
 
-FORWARDED = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
+FORWARDED = {kind.__name__: kind for kind in (IndexError, RuntimeError, TypeError, ValueError)}
 
 
 class Control(Protocol):
@@ -58,7 +58,7 @@ def agreed(control: Control, prepare: Callable[[], tuple[Intent, T]]) -> T:
     ``prepare`` does all that may fail on one rank alone, and communicates nothing.
 
     Raises:
-        IndexError, TypeError, ValueError: ``prepare`` did on some rank; raised on every rank.
+        IndexError, RuntimeError, TypeError, ValueError: ``prepare`` did on some rank; raised on every rank.
         RuntimeError: it raised something else on some rank.
         ValueError: the intents differ; names the first line where they do.
     """

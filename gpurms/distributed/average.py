@@ -8,10 +8,12 @@ from typing import Any, NoReturn, Self
 import numpy as np
 
 from gpurms.distributed.agreement import Control, Intent, agreed
-from gpurms.distributed.packing import Packing, Pair, Plan, check_place, is_sparse, label
+from gpurms.distributed.options import settings_of
+from gpurms.distributed.packing import Packing, Pair, Plan, check_place, check_variables, is_sparse, label
 from gpurms.distributed.slices import mean, rows_of
 from gpurms.distributed.transport import Data, MPITransport, NCCLTransport
 from gpurms.gradients import check_items, read_items
+from gpurms.rmsprop import RMSprop
 from gpurms.variable import Array, IndexedSlices
 
 Rows = tuple[Array, Array]
@@ -38,18 +40,22 @@ class Average:
     def __call__(self, grads_and_vars: Iterable[Pair]) -> list[Pair]:
         """The pairs with averaged gradients; collective.
 
+        What is compared are the pairs. An optimizer that then refuses them on one rank alone, by a setting that only
+        this rank has, raises there and nowhere else: see ``agree``.
+
         Raises:
-            TypeError, ValueError: on every rank: a gradient of some rank is none, or ranks have different pairs.
-            RuntimeError: a CUDA graph is being captured.
+            TypeError, ValueError: on every rank: a gradient of some rank is none, a variable is read-only, or ranks
+                have different pairs.
+            RuntimeError: a CUDA graph is being captured; on every rank where the host's exchange goes over MPI.
         """
-        if self._data.home.is_capturing(self._data.place()):
-            raise RuntimeError(
-                "a step that averages over ranks cannot be captured in a graph: the host takes part in it"
-            )
+        if isinstance(self._control, NCCLTransport):  # then nothing can be told to others while a graph is captured
+            self._check_no_capture()
 
         def prepare() -> tuple[Intent, tuple[list[Pair], Plan, list[Rows]]]:
+            self._check_no_capture()
             items = read_items(grads_and_vars)
             check_items(items)
+            check_variables(items)
             with self._data.near():
                 rows = self._rows(items)
                 plan = self._packing.pack(items)
@@ -67,6 +73,24 @@ class Average:
                 (next(sparse) if is_sparse(grad, variable) else plan.views.get(place, grad), variable)
                 for place, (grad, variable) in enumerate(items)
             ]
+
+    def agree(self, optimizer: RMSprop) -> None:
+        """Check that all ranks have equal settings; collective.
+
+        Call it before training, and again where settings were changed. Compared are ``get_config()`` but for the name,
+        the number of steps taken, and the type of ``gradient_aggregator``. Callables are called; what they return
+        later may differ.
+
+        Raises:
+            TypeError, ValueError: on every rank: settings differ, or a hyperparameter of some rank is out of its range.
+        """
+        agreed(self._control, lambda: (Intent.of(["a check of settings", *settings_of(optimizer)]), None))
+
+    def _check_no_capture(self) -> None:
+        if self._data.home.is_capturing(self._data.place()):
+            raise RuntimeError(
+                "a step that averages over ranks cannot be captured in a graph: the host takes part in it"
+            )
 
     def _rows(self, items: list[Pair]) -> list[Rows]:
         found = []
@@ -111,9 +135,10 @@ class MPIAverage(Average):
     one process would get that had the data of all. Gradients of ``None`` and those of a ``ShardedTable``'s ``shard``
     are handed on as they are. The caller's gradients are not modified.
 
-    All ranks must call it with the same variables (by name, shape and type) in the same order, and with the same kind
-    and type of gradient for each. It uses the caller's communicator, so other collectives on it must be in the same
-    order on all ranks, too.
+    All ranks must make equally many calls, with the same variables (by name, shape and type) in the same order, and
+    with the same kind and type of gradient for each: that is compared in each call, before data moves. The settings of
+    the optimizers are not, but by ``agree(optimizer)``, once or whenever the program likes. It uses the caller's
+    communicator, so other collectives on it must be in the same order on all ranks, too.
 
     Copies of an optimizer share its ``MPIAverage``; it cannot be pickled.
 

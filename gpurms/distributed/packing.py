@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ class Packing:
         Raises:
             TypeError, ValueError: a gradient is no floating-point array of the right library and device.
         """
-        signature = [_signature(grad, variable) for grad, variable in items]
+        signature = [_signature(grad, variable, place) for place, (grad, variable) in enumerate(items)]
         if self._plan is None or self._plan.signature != signature:
             self._plan = self._new_plan(items, signature)
         for segment in self._plan.segments:
@@ -65,7 +66,7 @@ class Packing:
         by_type: dict[np.dtype[Any], dict[np.dtype[Any], list[int]]] = {}
         for place, (grad, variable) in enumerate(items):
             where = label(variable, place)
-            lines.append(f"pair {place}: {where} with {_what(grad, variable)}")
+            lines.append(f"pair {place}: {where} with {_what(grad, variable, place)}")
             if is_dense(grad, variable):
                 array = floats(grad, self._data.home, f"{where}: gradient", self._data.hint)
                 check_place(self._data, where, array)
@@ -111,38 +112,57 @@ def check_place(data: Data, where: str, *arrays: Array) -> None:
             raise ValueError(f"{where}: gradient is on GPU {found}, the communicator on GPU {data.place()}")
 
 
+def check_variables(items: list[Pair]) -> None:
+    """TypeError for what no optimizer could update."""
+    for place, (_, variable) in enumerate(items):
+        array = array_of(variable)
+        home = backend.of(array)
+        if home is None:
+            raise TypeError(f"variable {place}: expected a gpurms.Variable or an array; got {variable!r:.80}")
+        if not home.writeable([array]):
+            raise TypeError(f"{label(variable, place)}: expected to write to it; its array is read-only")
+
+
 def label(variable: Any, place: int) -> str:
     """The variable by name, or by its place in the call; the same on all ranks, whatever its class there."""
     array = array_of(variable)
-    if not hasattr(array, "dtype"):
-        raise TypeError(f"variable {place}: expected a gpurms.Variable or an array; got {variable!r:.80}")
     if isinstance(variable, Shard):
         return f"shard {variable.name!r} ({array.dtype})"
     name = repr(variable.name) if isinstance(variable, Variable) else place
     return f"variable {name} ({array.dtype} of shape {array.shape})"
 
 
-def _what(grad: Any, variable: Any) -> str:
+def _what(grad: Any, variable: Any, place: int) -> str:
     if isinstance(variable, Shard):
         return "a gradient of its own"
     if grad is None:
         return "no gradient"
     if isinstance(grad, IndexedSlices):
         values, indices = array_of(grad.values), array_of(grad.indices)
-        shape = "" if grad.dense_shape is None else f", dense_shape {tuple(map(int, grad.dense_shape))}"
+        shape = "" if grad.dense_shape is None else f", dense_shape {_dense_shape(grad, variable, place)}"
         return f"rows of {values.dtype}, shape {values.shape[1:]}, indices of {indices.dtype}{shape}"
     array = array_of(grad)
     return f"a gradient of {getattr(array, 'dtype', type(array).__name__)}, shape {np.shape(array)}"
 
 
-def _signature(grad: Any, variable: Any) -> Any:
+def _dense_shape(slices: IndexedSlices, variable: Any, place: int) -> tuple[int, ...]:
+    given: Any = slices.dense_shape
+    try:
+        return tuple(map(operator.index, given))
+    except TypeError as error:
+        raise TypeError(
+            f"{label(variable, place)}: expected dense_shape as a tuple of integers; got {given!r}"
+        ) from error
+
+
+def _signature(grad: Any, variable: Any, place: int) -> Any:
     """Equal for pairs of which all that a plan reads is equal."""
     name = variable.name if isinstance(variable, Variable) else None
     of = array_of(variable)
     about = (type(variable), name, getattr(of, "dtype", None), getattr(of, "shape", None))
     if isinstance(grad, IndexedSlices):
-        return about, _what(grad, variable)
+        return about, _what(grad, variable, place)
     array = array_of(grad)
     home = backend.of(array)
-    place = None if home is None else home.device(array)
-    return about, type(array), getattr(array, "dtype", None), getattr(array, "shape", None), place
+    device = None if home is None else home.device(array)
+    return about, type(array), getattr(array, "dtype", None), getattr(array, "shape", None), device

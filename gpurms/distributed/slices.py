@@ -18,6 +18,7 @@ class Shard(Variable):
     """Rows of a ``ShardedTable``: other ranks have other rows, so there is nothing to average over them."""
 
     __slots__ = ()
+    is_part = True  # optimizers refuse to clip it by a norm
 
 
 def own_array(array: Any, home: backend.Backend, where: str, hint: str) -> Array:
@@ -60,6 +61,8 @@ def sum_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def mean(values: Array, size: int) -> Array:
-    """Each value divided by the number of ranks, in ``sum_type``."""
+    """Each value divided by the number of ranks, in ``sum_type``; in place where the values are of that type."""
     wide = sum_type(values.dtype)
-    return values.astype(wide, copy=False) / wide.type(size)
+    values = values.astype(wide, copy=False)
+    np.divide(values, wide.type(size), out=values)
+    return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
@@ -12,14 +12,14 @@ import numpy as np
 from gpurms import backend, hyper
 from gpurms.arguments import flag
 from gpurms.distributed.agreement import Intent, Words, agreed
+from gpurms.distributed.initial import Initializer, first_rows
+from gpurms.distributed.options import settings_of
 from gpurms.distributed.slices import Shard, mean, rows_of
 from gpurms.distributed.transport import NUMPY, MPITransport
 from gpurms.kernels.rule import FLOAT32, FLOAT64
 from gpurms.rmsprop import RMSprop
 from gpurms.slots import array_of
-from gpurms.variable import Array, IndexedSlices, is_real
-
-Initializer = str | Callable[[Words], Array] | Any
+from gpurms.variable import Array, IndexedSlices
 
 
 class Requests(NamedTuple):
@@ -47,9 +47,10 @@ class ShardedTable:
         n_rows: number of rows of the whole table.
         row_shape: shape of a row, or its length. Default (): a number.
         dtype: float16, bfloat16, float32 or float64. Default float32.
-        initializer: "zeros", in ``gpurms.array_module()``; a function of the row numbers of this rank (``rows``) that
-            returns these rows; or the whole table, such as a ``numpy.memmap``, of which each rank reads its own rows.
-            Arrays stay in their library.
+        initializer: "zeros", in ``gpurms.array_module()``; a function of an array of row numbers that returns
+            these rows, called several times, for one block of this rank's ``rows`` after the other; or the whole table,
+            such as a ``numpy.memmap``, of which each rank reads its own rows. Only the shard itself is allocated in
+            full, in the library of these arrays.
         comm: an intracommunicator of mpi4py. Default None: ``MPI.COMM_WORLD``.
         name: for messages. Default "table".
 
@@ -81,7 +82,9 @@ class ShardedTable:
             self.row_shape = tuple(_length("row_shape", length) for length in lengths)
             self.dtype: np.dtype[Any] = hyper.slot_type("dtype", np.float32 if dtype is None else dtype) or FLOAT32
             self._per_rank = max(1, -(-self.n_rows // self._mpi.size))  # the most rows that a rank has
-            return self._intent("making it"), Shard(self._first_rows(initializer), self.name)
+            shape = (self.n_rows, *self.row_shape)
+            own = range(self._mpi.rank, self.n_rows, self._mpi.size)
+            return self._intent("making it"), Shard(first_rows(initializer, shape, self.dtype, own), self.name)
 
         self._number = 0
         self.shard = agreed(self._mpi, prepare)
@@ -119,7 +122,9 @@ class ShardedTable:
         """The gradients of the rows of this rank, out of the gradients of all ranks; collective.
 
         Pass it on with ``shard``, alone or with other pairs of the same step, also if it has no rows: then the counters
-        of all ranks move alike. Norms that the optimizer clips by would be those of the shards.
+        of all ranks move alike. Norms to clip by would be those of the shards: an optimizer with ``clipnorm`` or
+        ``global_clipnorm`` refuses ``shard``. Settings of the optimizers are compared by ``MPIAverage.agree`` and by
+        ``apply``, not here.
 
         Args:
             slices: gradients by id of the whole table, in the library of ``shard``.
@@ -136,22 +141,27 @@ class ShardedTable:
     def apply(self, optimizer: RMSprop, slices: IndexedSlices, average: bool = True) -> np.int64:
         """``optimizer.apply_gradients([(self.scatter(slices, average), self.shard)])``; collective.
 
+        Settings of the optimizers are compared as by ``MPIAverage.agree``, so that callables among them are called
+        twice per step.
+
         Raises:
-            ValueError: besides what ``scatter`` raises: the optimizer clips by norms, which no rank knows.
+            TypeError, IndexError, RuntimeError, ValueError: besides what ``scatter`` raises, on every rank: optimizers
+                have different settings; or that of some rank clips by norms, which no rank knows, has ``dense_only`` or
+                a hyperparameter out of its range; or ``shard`` has a constraint, or it or a slot is read-only.
         """
         own = self._scatter(slices, average, optimizer)
         return optimizer.apply_gradients([(own, self.shard)])
 
     def _scatter(self, slices: IndexedSlices, average: bool, optimizer: RMSprop | None) -> IndexedSlices:
         def prepare() -> tuple[Intent, tuple[Array, Words, Words]]:
-            if optimizer is not None:
-                _check_no_norms(optimizer)
+            settings = [] if optimizer is None else self._settings(optimizer)
             values, ids = self._read_slices(slices)
             owners = ids % self._mpi.size
             # Types of 16 bits and fewer are sorted by radix.
             order = np.argsort(owners.astype(np.min_scalar_type(self._mpi.size)), kind="stable")
             counts = np.bincount(owners, minlength=self._mpi.size)
-            intent = self._intent(f"scatter of {values.dtype}, {'averaged' if flag('average', average) else 'summed'}")
+            what = f"scatter of {values.dtype}, {'averaged' if flag('average', average) else 'summed'}"
+            intent = self._intent(what, settings)
             return intent, (values[order], ids[order] // self._mpi.size, counts)
 
         values, rows, counts = agreed(self._mpi, prepare)
@@ -208,38 +218,32 @@ class ShardedTable:
         with backend.require(self.shard._array).near(self.shard._array):
             return np.asarray(host, like=self.shard._array)
 
-    def _first_rows(self, initializer: Initializer) -> Array:
-        rows = self.rows
-        shape = (len(rows), *self.row_shape)
-        if isinstance(initializer, str):
-            if initializer != "zeros":
-                raise ValueError(f"initializer must be 'zeros', a function or an array; got {initializer!r}")
-            return backend.array_module().zeros(shape, self.dtype)
-        if callable(initializer):
-            found = array_of(initializer(rows))
-        else:
-            whole = array_of(initializer)
-            whole = whole if backend.of(whole) else np.asarray(whole)
-            if whole.shape != (self.n_rows, *self.row_shape):
-                raise ValueError(f"initializer must have shape {(self.n_rows, *self.row_shape)}; got {whole.shape}")
-            found = whole[self._mpi.rank :: self._mpi.size]
-        home = backend.of(found)
-        if home is None or not is_real(found.dtype):
-            raise TypeError(f"initializer must give an array of real numbers; got {found!r:.80}")
-        if found.shape != shape:
-            raise ValueError(f"initializer must return shape {shape} for these rows; got {found.shape}")
-        with home.near(found):
-            return home.view(found).astype(self.dtype, order="C")
-
     @property
     def _label(self) -> str:
         return f"table {self.name!r}"
 
-    def _intent(self, what: str) -> Intent:
+    def _intent(self, what: str, settings: Sequence[str] = ()) -> Intent:
         number = f", number {self._number}" if self._number else ""
-        return Intent.of(
-            [f"{what}: {self._label} ({self.n_rows} rows of {self.dtype}, shape {self.row_shape}{number})"]
-        )
+        rows = f"{self.n_rows} rows of {self.dtype}, shape {self.row_shape}{number}"
+        return Intent.of([f"{what}: {self._label} ({rows})", *settings])
+
+    def _settings(self, optimizer: RMSprop) -> list[str]:
+        """Those of an optimizer that could update ``shard``."""
+        found = settings_of(optimizer)
+        for option in ("clipnorm", "global_clipnorm"):
+            if getattr(optimizer, option) is not None:
+                raise ValueError(f"a ShardedTable cannot be clipped by {option}: no rank has the whole gradient")
+        if optimizer.dense_only:
+            raise ValueError(f"{self._label}: dense_only is set; gradients of a ShardedTable are sparse")
+        if self.shard.constraint is not None:
+            raise RuntimeError(f"{self._label}: a constraint cannot be used with a sparse gradient")
+        if optimizer._counter is not None:
+            optimizer._counter.require_writeable()
+        entry = optimizer._slots.find(self.shard)
+        written = [self.shard._array] if entry is None else entry.written
+        if not backend.require(self.shard._array).writeable(written):
+            raise TypeError(f"{self._label}: expected to write to its shard and slots; one of them is read-only")
+        return found
 
     def __repr__(self) -> str:
         return (
@@ -255,14 +259,6 @@ class ShardedTable:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a ShardedTable cannot be pickled: its communicator exists in these processes only")
-
-
-def _check_no_norms(optimizer: RMSprop) -> None:
-    if not isinstance(optimizer, RMSprop):
-        raise TypeError(f"optimizer must be a gpurms.RMSprop; got {backend.type_name(optimizer)}")
-    for option in ("clipnorm", "global_clipnorm"):
-        if getattr(optimizer, option) is not None:
-            raise ValueError(f"a ShardedTable cannot be clipped by {option}: no rank has the whole gradient")
 
 
 def _length(what: str, value: Any) -> int:

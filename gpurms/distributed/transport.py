@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,6 +73,8 @@ class MPITransport:
         self._mpi = MPI
         self.rank: int = self.comm.rank
         self.size: int = self.comm.size
+        # Counts are of rows. Before MPI 4 they were 32-bit integers.
+        self._most_rows = 2**63 - 1 if MPI.Get_version() >= (4, 0) else 2**31 - 1
 
     def greatest(self, words: Words) -> Words:
         """One Allreduce."""
@@ -109,27 +111,42 @@ class MPITransport:
 
     def gather(self, rows: Array, counts: Sequence[int]) -> Array:
         """One Allgatherv."""
+        self._check_rows(sum(counts))
         found = np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
-        received = [as_bytes(found), self._bytes(counts, rows), self._mpi.BYTE]
-        self.comm.Allgatherv([as_bytes(rows), self._mpi.BYTE], received)
+        with self._row_type(rows) as row:
+            self.comm.Allgatherv([as_bytes(rows), len(rows), row], [as_bytes(found), list(counts), row])
         return found
 
     def swap(self, counts: Words) -> Words:
-        """To each rank its count; from each rank one."""
+        """To each rank its count of rows; from each rank one.
+
+        Raises:
+            ValueError: some rank would send or receive more rows than the MPI library can count; on every rank.
+        """
         found = np.empty_like(counts)
         self.comm.Alltoall(counts, found)
+        if self._most_rows < 2**63 - 1:
+            self._check_rows(int(self.greatest(np.array([counts.sum(), found.sum()], np.int64)).max()))
         return found
 
     def exchange(self, rows: Array, counts: Words, expected: Words) -> Array:
-        """To each rank its ``counts`` rows, in the order of the ranks; from each rank ``expected`` rows."""
+        """To each rank its ``counts`` rows, in the order of the ranks; from each rank ``expected``: see ``swap``."""
         found = np.empty((int(expected.sum()), *rows.shape[1:]), rows.dtype)
-        sent = [as_bytes(rows), self._bytes(counts, rows), self._mpi.BYTE]
-        self.comm.Alltoallv(sent, [as_bytes(found), self._bytes(expected, rows), self._mpi.BYTE])
+        with self._row_type(rows) as row:
+            self.comm.Alltoallv([as_bytes(rows), counts.tolist(), row], [as_bytes(found), expected.tolist(), row])
         return found
 
-    def _bytes(self, counts: Any, rows: Array) -> list[int]:
-        row_bytes = rows.itemsize * math.prod(rows.shape[1:])
-        return [int(count) * row_bytes for count in counts]
+    @contextmanager
+    def _row_type(self, rows: Array) -> Iterator[Any]:
+        row = self._mpi.BYTE.Create_contiguous(rows.itemsize * math.prod(rows.shape[1:])).Commit()
+        try:
+            yield row
+        finally:
+            row.Free()
+
+    def _check_rows(self, n: int) -> None:
+        if n > self._most_rows:
+            raise ValueError(f"this MPI library exchanges at most {self._most_rows} rows at once; got {n}")
 
 
 class NCCLTransport:
@@ -206,10 +223,10 @@ class NCCLTransport:
         most = max(counts)
         own = rows
         if len(rows) < most:
-            own = self.empty_rows(most, rows)
+            own = self._empty_rows(most, rows)
             own[: len(rows)] = rows
             own[len(rows) :] = 0
-        shared = self.empty_rows(self.size * most, rows)
+        shared = self._empty_rows(self.size * most, rows)
         sent = as_bytes(own)
         if sent.size:
             self.communicator.all_gather(sent, as_bytes(shared), sent.size, self._cupy.cuda.get_current_stream())
@@ -217,6 +234,6 @@ class NCCLTransport:
             return shared
         return np.concatenate([shared[i * most : i * most + count] for i, count in enumerate(counts)])
 
-    def empty_rows(self, n: int, like: Array) -> Array:
+    def _empty_rows(self, n: int, like: Array) -> Array:
         """New rows of the shape and type of others."""
         return self._cupy.empty((n, *like.shape[1:]), like.dtype)

@@ -9,6 +9,7 @@ import pytest
 
 from gpurms import IndexedSlices, RMSprop, Variable
 from gpurms.distributed import MPIAverage
+from gpurms.schedules import ExponentialDecay, LearningRateSchedule
 from tests.support import BFLOAT16, DTYPES, assert_same_bits, unchanged
 from tests.with_mpi.support import OPTIONS, counting, raises_everywhere, random, slices, together
 
@@ -97,6 +98,8 @@ def case_ranks_hold_the_same_bits(comm: Any) -> None:
 
 
 X, W = np.ones(3, F32), np.zeros(3, F32)
+READ_ONLY = np.zeros(3, F32)
+READ_ONLY.flags.writeable = False
 NAMED = Variable(np.zeros(3, F32), "w")
 ROWS = IndexedSlices(np.ones((2, 3), F32), np.array([0, 1]))
 TABLE = np.zeros((4, 3), F32)
@@ -148,6 +151,13 @@ FAILURES: dict[str, tuple[Any, type[Exception], str]] = {  # what the last rank 
     "list": ([([1, 2, 3], W)], TypeError, "gradient: expected a NumPy array; got list"),
     "integers": ([(np.ones(3, int), W)], TypeError, "expected float16, bfloat16, float32 or float64; got int64"),
     "no variable": ([(X, "w")], TypeError, "variable 0: expected a gpurms.Variable or an array; got 'w'"),
+    "read-only": ([(X, READ_ONLY)], TypeError, "variable 0 .*: expected to write to it; its array is read-only"),
+    "read-only, no gradient": ([(None, Variable(READ_ONLY, "r"))], TypeError, "variable 'r' .* is read-only"),
+    "dense_shape": (
+        [(IndexedSlices(np.ones((2, 3), F32), np.array([0, 1]), "xy"), np.zeros((4, 3), F32))],
+        TypeError,
+        r"variable 0 \(float32 of shape \(4, 3\)\): expected dense_shape as a tuple of integers; got 'xy'",
+    ),
     "iterable that raises": (fails, RuntimeError, "KeyError: 'lost'"),
     "index type": ([(IndexedSlices(X, X), W)], TypeError, "expected indices of int32 or int64; got float32"),
     "2-D indices": ([(IndexedSlices(X, np.zeros((3, 1), int)), W)], ValueError, r"1-D indices; got shape \(3, 1\)"),
@@ -166,6 +176,53 @@ def case_failure_of_one_rank_is_an_error_on_every_rank(comm: Any) -> None:
         assert (average([(X, W)])[0][0] == 1).all()
         with raises_everywhere(comm, kind, f"^rank 0: .*{message}"):
             average(bad() if callable(bad) else bad)
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {  # of rank 1, and what is said of rank 0
+    "number": ({"learning_rate": 0.2}, r"learning_rate=0\.1; rank 1 has the optimizer's learning_rate=0\.2"),
+    "callable": ({"rho": lambda: 0.5}, r"rho=0\.9; rank 1 has the optimizer's rho=0\.5"),
+    "decay": ({"decay": 0.1}, r"decay=0\.0"),
+    "norm": ({"clipnorm": 1.0}, "clipnorm=None"),
+    "option": ({"nesterov": True}, "nesterov=False"),
+    "slots": ({"slot_dtype": "float64"}, "slot_dtype=None"),
+    "dense_only": ({"dense_only": True}, "dense_only=False"),
+    "aggregator": ({"gradient_aggregator": list}, r"gradient_aggregator=\S+MPIAverage; .*=type"),
+    "schedule": ({"learning_rate": ExponentialDecay(0.1, 10, 0.5)}, r"centered=False|learning_rate=0\.1"),
+}
+
+
+class Constant(LearningRateSchedule):
+    """One that cannot be saved."""
+
+    def __call__(self, step: int) -> float:
+        return 0.1
+
+
+def case_settings_are_compared(comm: Any) -> None:
+    average = MPIAverage(comm)
+    usual = {"learning_rate": 0.1, "gradient_aggregator": average}
+    for each in (usual, {"learning_rate": lambda: 0.1}, {"learning_rate": Constant()}, OPTIONS["torch"]):
+        average.agree(RMSprop(name=f"of rank {comm.rank}", **each))
+    for mine, message in SETTINGS.values():
+        opt = RMSprop(**usual | (mine if comm.rank == 1 else {}))
+        with raises_everywhere(comm, ValueError, f"^ranks disagree: rank 0 has the optimizer's .*({message})"):
+            average.agree(opt)
+        assert opt.weights == []
+    later = [ExponentialDecay(0.1, 10, 0.5), ExponentialDecay(0.1, 10, 0.25)]  # both 0.1 now
+    with raises_everywhere(comm, ValueError, "schedule=.*'decay_rate': 0.5.*rank 1 has .*'decay_rate': 0.25"):
+        average.agree(RMSprop(later[comm.rank == 1]))
+    steps = RMSprop(0.1)
+    if comm.rank == 1:
+        steps.apply_gradients([(np.ones(2), np.ones(2))])
+    with raises_everywhere(comm, ValueError, "iterations=0; rank 1 has the optimizer's iterations=1"):
+        average.agree(steps)
+    nan = RMSprop((lambda: float("nan")) if comm.rank == 1 else 0.1)
+    with raises_everywhere(comm, ValueError, "^rank 1: learning_rate must be >= 0; got nan"):
+        average.agree(nan)
+    with raises_everywhere(comm, TypeError, r"^rank 1: optimizer must be a gpurms\.RMSprop; got int"):
+        average.agree(3 if comm.rank == 1 else RMSprop())
+    with raises_everywhere(comm, ValueError, "^ranks disagree: rank 0 has a check of settings; rank 1 has an average"):
+        average([]) if comm.rank == 1 else average.agree(RMSprop())
 
 
 def case_index_outside_is_an_error_on_every_rank(comm: Any) -> None:

@@ -207,9 +207,18 @@ def case_a_capture_is_refused(comm: Any) -> None:
         pairs = [(put(np.ones(3, F32)), put(np.ones(3, F32)))]
         with cupy.cuda.Stream(non_blocking=True) as stream:
             stream.begin_capture()
-            with pytest.raises(RuntimeError, match="a step that averages over ranks cannot be captured in a graph"):
+            with raises_everywhere(comm, RuntimeError, "a step that averages over ranks cannot be captured in a graph"):
                 average(pairs)
             stream.end_capture()
+    cupy.cuda.Device().synchronize()  # the pairs are written
+    with cupy.cuda.Stream(non_blocking=True) as stream:  # on one rank only, with a host that can tell the others
+        if comm.rank == 1:
+            stream.begin_capture()
+        with raises_everywhere(comm, RuntimeError, "^rank 1: a step that averages over ranks cannot be captured"):
+            average(pairs)
+        if comm.rank == 1:
+            stream.end_capture()
+        assert (average(pairs)[0][0].get() == 1).all()
 
 
 @on_device

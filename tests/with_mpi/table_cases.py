@@ -3,6 +3,7 @@
 import copy
 import pickle
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,46 @@ def case_each_distinct_row_travels_once(comm: Any) -> None:
     (ids, _), (_, rows) = counted.calls["Alltoallv"]
     assert ids[0].nbytes == 3 * 8
     assert rows[0].nbytes == 3 * 3 * 4
-    assert sum(ids[1]) == ids[0].nbytes
+    assert sum(ids[1]) == 3  # counts are of rows
+
+
+def case_more_rows_than_the_library_counts(comm: Any) -> None:
+    table, average = sharded(comm), MPIAverage(comm)
+    table._mpi._most_rows = average._data._most_rows = 4 * comm.size
+    few = np.zeros(4, int)
+    sent = np.arange(4 * comm.size + 1) % N_ROWS if comm.rank == 1 else few  # rank 1 sends more than it may
+    received = np.zeros(5 if comm.rank == 1 else 4, int)  # rank 0 would receive more
+    for ids in (sent, received):
+        with raises_everywhere(comm, ValueError, f"at most {4 * comm.size} rows at once; got {4 * comm.size + 1}"):
+            table.scatter(IndexedSlices(np.ones((len(ids), 3), F32), ids))
+    rows = IndexedSlices(np.ones((5, 3), F32), np.zeros(5, int))
+    with raises_everywhere(comm, ValueError, f"at most {4 * comm.size} rows at once; got {5 * comm.size}"):
+        average([(rows, np.zeros((4, 3), F32))])
+    assert_same_bits(table.gather(few), whole_table()[few])
+
+
+def case_memory_of_initializers(comm: Any) -> None:
+    n_rows, row = comm.size * 2**16, 64
+    expected = 2**16 * row * 4
+
+    whole = np.broadcast_to(np.arange(row, dtype=np.float64), (n_rows, row))
+    calls: list[np.ndarray] = []
+
+    def rows_of(ids: np.ndarray) -> np.ndarray:
+        calls.append(ids[[0, -1]])
+        return np.full((len(ids), row), ids[:, None], F32)
+
+    for initializer in (rows_of, whole):
+        tracemalloc.start()
+        table = ShardedTable(n_rows, row, initializer=initializer, comm=comm)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert expected <= peak < expected + 2**22 * 2.5
+        values = table.shard.value
+        assert (values == (table.rows[:, None] if initializer is rows_of else np.arange(row))).all()
+    assert len(calls) == expected // 2**22
+    assert calls[0][0] == comm.rank
+    assert calls[-1][1] == table.rows[-1]
 
 
 def case_rows_are_in_the_callers_hands(comm: Any) -> None:
@@ -196,6 +236,58 @@ def case_bad_arguments_of_one_rank_are_errors_on_every_rank(comm: Any) -> None:
         with raises_everywhere(comm, TypeError, r"rank 1: optimizer must be a gpurms\.RMSprop; got int"):
             table.apply(3 if comm.rank == 1 else opt, good)
     assert table.apply(opt, good) == 2
+
+
+SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lr": 0.2}, ValueError, r"^ranks disagree: .*learning_rate=0\.1; rank 1 has .*learning_rate=0\.2"),
+    ({"lr": lambda: float("nan")}, ValueError, "^rank 1: learning_rate must be >= 0; got nan"),
+    ({"lr": lambda: 1 / 0}, RuntimeError, "^rank 1: ZeroDivisionError: division by zero"),
+    ({"dense_only": True}, ValueError, "^rank 1: table 'table': dense_only is set; gradients .* are sparse"),
+    ({"gradient_aggregator": list}, ValueError, "gradient_aggregator=NoneType; rank 1 has .*=type"),
+]
+
+
+def case_settings_of_one_rank_are_errors_on_every_rank(comm: Any) -> None:
+    table, opt, good = sharded(comm), full_rmsprop(), IndexedSlices(ONES, ROWS)
+    table.apply(opt, good)
+    with unchanged(opt, table.shard):
+        for bad, kind, message in SETTINGS:
+            other = full_rmsprop(**bad) if comm.rank == 1 else full_rmsprop()
+            with raises_everywhere(comm, kind, message):
+                table.apply(other, good)
+            assert other.weights == []
+        for array in (table.shard.value, opt.weights[-1].value):
+            array.flags.writeable = comm.rank != 1
+            with raises_everywhere(comm, TypeError, "^rank 1: table 'table': expected to write to its shard and slots"):
+                table.apply(opt, good)
+            array.flags.writeable = True
+        opt.iterations.value.flags.writeable = comm.rank != 1
+        with raises_everywhere(comm, TypeError, "^rank 1: iterations has been made read-only"):
+            table.apply(opt, good)
+        opt.iterations.value.flags.writeable = True
+        table.shard.constraint = abs if comm.rank == 1 else None
+        with raises_everywhere(comm, RuntimeError, "^rank 1: table 'table': a constraint cannot be used"):
+            table.apply(opt, good)
+        table.shard.constraint = None
+    assert table.apply(opt, good) == 2
+
+
+def case_norms_of_parts_are_refused(comm: Any) -> None:
+    table, w = sharded(comm), np.ones(4, F32)
+    some = table.scatter(IndexedSlices(ONES, ROWS))
+    for option in ("clipnorm", "global_clipnorm"):
+        for aggregator in (None, MPIAverage(comm)):
+            for grad in (some, np.ones(table.shard.shape, F32), None):
+                for pairs in ([(grad, table.shard)], [(np.ones(4, F32), w), (grad, table.shard)]):
+                    opt = RMSprop(0.1, gradient_aggregator=aggregator, **{option: 1.0})
+                    kept = unchanged(opt, table.shard, w)
+                    with kept, raises_everywhere(comm, ValueError, "^variable 'table': clipnorm and global_clipnorm"):
+                        opt.apply_gradients(pairs)
+    opt = RMSprop(0.1, gradient_aggregator=MPIAverage(comm), clipvalue=0.5)
+    opt.apply_gradients([(np.ones(4, F32), w), (some, table.shard)])
+    opt.clipvalue, opt.clipnorm = None, 1.0
+    with unchanged(opt, table.shard, w), raises_everywhere(comm, ValueError, "^variable 'table': clipnorm"):
+        opt.apply_gradients([(np.ones(4, F32), w), (some, table.shard)])
 
 
 BAD_TABLES: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -36,7 +36,7 @@ class Target(NamedTuple):
 
     tensor: Tensor
     array: Array
-    is_zero: bool = False  # just made, and not written to
+    is_slot: bool = False
 
 
 class Saved(NamedTuple):
@@ -53,14 +53,14 @@ def save(optimizer: RMSprop, path: Path, variables: Iterable[Any] | None) -> Non
     chosen = _chosen(optimizer, variables)
     entries = _entries(optimizer, chosen)
     places = {id(slot): (i, name) for i, entry in enumerate(entries) for name, slot in entry.slots.items()}
-    slots = _slots(optimizer)
+    slots = optimizer._slots.all()
     arrays = {_variable_tensor(i): entry.view for i, entry in enumerate(entries)}
     arrays |= {_slot_tensor(*places[id(slot)]): slot._array for slot in slots}
     if optimizer._counter is not None:
         arrays["iterations"] = optimizer._counter.variable._array
     saved = Saved(
-        config=optimizer.get_config(),
-        callables=sorted(_callables(optimizer)),
+        config=_json_config(optimizer),
+        callables=sorted(callables(optimizer)),
         variables=[_description(variable) for variable in chosen],
         slots=[places[id(slot)] for slot in slots],
     )
@@ -76,18 +76,18 @@ def load(
     with open(os.fsdecode(path), "rb") as file:
         metadata, tensors = read_header(file)
         saved = _read_state(metadata, tensors, file.name)
-        staged = type(optimizer).from_config(saved.config, custom_objects)
+        staged = _configured(type(optimizer), saved.config, custom_objects, file.name)
         settings = dict(staged._settings)
-        kept = _callables(optimizer).intersection(saved.callables) | {"gradient_aggregator"}
+        kept = callables(optimizer).intersection(saved.callables) | {"gradient_aggregator"}
         settings |= {name: optimizer._settings[name] for name in kept}
-        if variables is None and not optimizer._slots._entries:
+        if variables is None and not optimizer._slots.entries:
             variables = [_new_variable(tensors[_variable_tensor(i)], **each) for i, each in enumerate(saved.variables)]
         chosen = _chosen(optimizer, variables)
         targets = _stage(optimizer, staged, chosen, saved, tensors, file.name)
         counter, count = optimizer._counter, np.zeros((), np.int64)
         if "iterations" in tensors:
             read_into(file, tensors["iterations"], count)
-            counter = counter or staged._new_counter([(each, None, None) for each in staged._slots._entries.values()])
+            counter = counter or staged._new_counter([(each, None, None) for each in staged._slots.entries.values()])
         if counter is not None:
             counter.require_writeable()
         for target in targets:
@@ -105,7 +105,7 @@ def _chosen(optimizer: RMSprop, variables: Iterable[Any] | None) -> list[Any]:
         if isinstance(variables, Variable) or backend.of(variables) is not None:
             raise TypeError(f"variables must be a list of variables; got {label(variables)}")
         return list(variables)
-    entries = optimizer._slots._entries.values()
+    entries = optimizer._slots.entries.values()
     if len({id(entry.slots) for entry in entries}) < len(entries):
         raise ValueError(
             "this optimizer was copied together with views of larger arrays, and may go on with either: "
@@ -124,17 +124,13 @@ def _entries(optimizer: RMSprop, variables: Sequence[Any]) -> list[Entry]:
             raise ValueError(f"variable {i} was given before: {label(variable)}")
         entries[entry.key] = entry
         found.add(id(entry.slots))
-    for entry in optimizer._slots._entries.values():
+    for entry in optimizer._slots.entries.values():
         if id(entry.slots) not in found:
             raise ValueError(
                 f"{label(entry.variable)} has slots in this optimizer and is not among the {len(variables)} variables "
                 "given: they would be lost"
             )
     return list(entries.values())
-
-
-def _slots(optimizer: RMSprop) -> list[Variable]:
-    return optimizer._slots.weights[1:] or optimizer._slots._before_counter
 
 
 def _variable_tensor(i: int) -> str:
@@ -145,7 +141,7 @@ def _slot_tensor(i: int, name: str) -> str:
     return f"slots/{i}/{name}"
 
 
-def _callables(optimizer: RMSprop) -> set[str]:
+def callables(optimizer: RMSprop) -> set[str]:
     """Hyperparameters that are functions of the caller's; a schedule is part of the config."""
     return {
         name
@@ -154,6 +150,25 @@ def _callables(optimizer: RMSprop) -> set[str]:
         and callable(value)
         and not isinstance(value, LearningRateSchedule)
     }
+
+
+def _json_config(optimizer: RMSprop) -> dict[str, Any]:
+    config = optimizer.get_config()
+    for name, value in config.items():
+        try:
+            json.dumps(value)
+        except (RecursionError, TypeError, ValueError) as error:
+            raise TypeError(f"{name} cannot be saved as JSON: {error}; get_config gives {value!r:.200}") from error
+    return config
+
+
+def _configured(
+    cls: type[RMSprop], config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None, where: str
+) -> RMSprop:
+    try:
+        return cls.from_config(config, custom_objects)
+    except Exception as error:  # of whatever kind: schedules may be the caller's
+        raise ValueError(f"{where}: settings that cannot be restored: {error!s:.200}") from error
 
 
 def _description(variable: Any) -> dict[str, Any]:
@@ -171,15 +186,13 @@ def _read_state(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], wher
     """What the metadata says, checked against the tensors."""
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{where}: no checkpoint of gpurms: expected {FORMAT!r} as format in its metadata")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(
-            f"{where}: checkpoint of format version {metadata.get('version')}; this gpurms reads version {VERSION}"
-        )
+    if (version := metadata.get("version")) != str(VERSION):
+        raise ValueError(f"{where}: checkpoint of format version {version!s:.20}; this gpurms reads version {VERSION}")
     try:
         saved = Saved(**json.loads(metadata["state"]))
         _check_state(saved, tensors)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: damaged checkpoint: {error}") from error
+        raise ValueError(f"{where}: damaged checkpoint: {error!s:.200}") from error
     return saved
 
 
@@ -234,8 +247,8 @@ def _stage(
             slot = staged._new_slot(entries[i], name)
         staged._slots.adopt(entries[i])
         staged._slots.add(entries[i], name, slot)
-        targets.append(Target(tensor, slot._array, is_zero=slot is not kept))
-    if optimizer._capture._kept and {*map(id, _slots(optimizer))} != {*map(id, _slots(staged))}:
+        targets.append(Target(tensor, slot._array, is_slot=True))
+    if optimizer._capture._kept and {*map(id, optimizer._slots.all())} != {*map(id, staged._slots.all())}:
         raise RuntimeError(
             f"{where} has other slots than this optimizer, whose captured steps would go on with the old ones: load "
             "before capturing"

@@ -73,6 +73,10 @@ class Dialect:
     def __repr__(self) -> str:
         return f"gpurms.dialects.{self.__name__}"
 
+    def __reduce__(self) -> str:
+        """By name: copies and pickles of a dialect are the dialect."""
+        return self.__name__
+
 
 def _dialect(library: str) -> Callable[[Callable[..., dict[str, Any]]], Dialect]:
     return partial(Dialect, library)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from io import BufferedReader, BufferedWriter
+from io import BufferedIOBase, BufferedReader
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ PAGE = 4096
 """Bytes of memory that exist from the first time that one of them is written."""
 MAX_HEADER = 100_000_000
 """Bytes; what the safetensors package reads."""
+MAX_DIMENSIONS = 64
+"""NumPy's."""
 
 CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64"}
 _TYPES = {code: (name, int(code[-2:]) // 8) for name, code in CODES.items()}
@@ -40,7 +42,7 @@ class Tensor(NamedTuple):
     start: int
 
 
-def write(file: BufferedWriter, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+def write(file: BufferedIOBase, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
     """Write arrays in C order.
 
     The widest types come first, so that every item is aligned for those who map the file.
@@ -63,29 +65,42 @@ def write(file: BufferedWriter, arrays: Mapping[str, Array], metadata: Mapping[s
             file.write(host.data)
 
 
-def read_into(file: BufferedReader, tensor: Tensor, array: Array, is_zero: bool = False) -> None:
-    """Read a tensor into an array of its type and shape, in any layout; ``is_zero``: one of zeros, just made."""
+def read_into(file: BufferedReader, tensor: Tensor, array: Array, is_slot: bool = False) -> None:
+    """Read a tensor into an array of its type and shape, in any layout.
+
+    A table's slots occupy memory only where rows were touched; ``is_slot`` keeps it so.
+    """
     file.seek(tensor.start)
     for block in _blocks(array):
         home = backend.require(block)
         in_place = home.device(block) is None and block.flags.c_contiguous
-        host = block if in_place and not is_zero else np.empty(block.shape, block.dtype)
+        has_untouched = is_slot and in_place and not _touched(block).all()
+        host = block if in_place and not has_untouched else np.empty(block.shape, block.dtype)
         if file.readinto(host.data) != host.nbytes:
             raise OSError(errno.EIO, "the file has become shorter", file.name)
         if not in_place:
             home.write(block, home.convert(block, host, str(file.name)))
-        elif is_zero:
+        elif has_untouched:
             _write_pages(block, host)
 
 
-def _write_pages(zeros: Array, values: Array) -> None:
-    """Write into zeros, but not where they stay zeros: a table's slots occupy memory only where rows were touched."""
-    n = PAGE // zeros.itemsize
-    whole = zeros.size // n * n
-    pages = values[:whole].reshape(-1, n)
-    touched = pages.any(axis=1)
-    zeros[:whole].reshape(-1, n)[touched] = pages[touched]
-    zeros[whole:] = values[whole:]
+def _write_pages(array: Array, values: Array) -> None:
+    """Write values, but not where zeros stay zeros."""
+    touched = _touched(array) | _touched(values)
+    _pages(array)[touched] = _pages(values)[touched]
+    rest = slice(_pages(array).size, None)
+    array[rest] = values[rest]
+
+
+def _touched(bits: Array) -> Array:
+    """Of each whole page, whether it is not all zeros."""
+    return _pages(bits).max(axis=1, initial=0) > 0
+
+
+def _pages(bits: Array) -> Array:
+    """The whole pages, one a row."""
+    n = PAGE // bits.itemsize
+    return bits[: bits.size // n * n].reshape(-1, n)
 
 
 def _blocks(array: Array) -> Iterator[Array]:
@@ -126,7 +141,7 @@ def read_header(file: BufferedReader) -> tuple[dict[str, str], dict[str, Tensor]
             raise ValueError("metadata other than strings")
         _check_cover(sorted((start, stop) for _, _, start, stop in spans.values()), size - 8 - length)
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{file.name}: no safetensors file, or a damaged or truncated one: {error}") from error
+        raise ValueError(f"{file.name}: no safetensors file, or a damaged or truncated one: {error!s:.200}") from error
     return metadata, {
         name: Tensor(dtype, shape, 8 + length + start) for name, (dtype, shape, start, _) in spans.items()
     }
@@ -141,13 +156,16 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _span(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[str, tuple[int, ...], int, int]:
     start, stop = data_offsets
-    if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
-        raise ValueError(f"shape {shape}, offsets {data_offsets}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions; at most {MAX_DIMENSIONS} are possible")
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, start, stop)):
+        raise ValueError(f"shape {shape!r:.80}, offsets {data_offsets!r:.80}")
     if dtype not in _TYPES:
-        raise ValueError(f"type {dtype}; known are {', '.join(_TYPES)}")
+        raise ValueError(f"type {dtype!r:.80}; known are {', '.join(_TYPES)}")
     name, itemsize = _TYPES[dtype]
-    if stop - start != math.prod(shape) * itemsize:
-        raise ValueError(f"{dtype} of shape {shape} at offsets {data_offsets}")
+    too_large = math.prod(n or 1 for n in shape) * itemsize >= 1 << 63  # for NumPy, whether it is empty or not
+    if too_large or stop - start != math.prod(shape) * itemsize:
+        raise ValueError(f"{dtype} of shape {shape!r:.80} at offsets {data_offsets}")
     return name, tuple(shape), start, stop
 
 

@@ -92,9 +92,13 @@ class Slots:
         self.names: list[str] = []
         self.weights: list[Variable] = []
         self.owners: set[int] = set()  # of all memory that steps write to
-        self._entries: dict[Any, Entry] = {}
+        self.entries: dict[Any, Entry] = {}
         self._by_id: dict[int, Entry] = {}
         self._before_counter: list[Variable] = []
+
+    def all(self) -> list[Variable]:
+        """All slots, in the order they were made."""
+        return self.weights[1:] or self._before_counter
 
     def find(self, variable: Any) -> Entry | None:
         """The entry of a known variable."""
@@ -107,11 +111,11 @@ class Slots:
         ):
             return entry  # shape and type as they were: both can be set in place
         home = backend.of(array)
-        return None if home is None else self._entries.get(home.key(array))
+        return None if home is None else self.entries.get(home.key(array))
 
     def adopt(self, entry: Entry) -> None:
         """Add an entry; known ones stay."""
-        if self._entries.setdefault(entry.key, entry) is entry:
+        if self.entries.setdefault(entry.key, entry) is entry:
             self._by_id[id(entry.array)] = entry
             self.owners.add(entry.owner)
 
@@ -130,7 +134,7 @@ class Slots:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in ("names", "weights", "_before_counter")}
-        entries = [(entry.variable, entry.slots, entry.backend.place(entry.array)) for entry in self._entries.values()]
+        entries = [(entry.variable, entry.slots, entry.backend.place(entry.array)) for entry in self.entries.values()]
         return {**kept, "entries": entries}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -235,8 +235,10 @@ class State:
         """Write variables, slots, counter and settings to one file in the safetensors format.
 
         The file is written under a temporary name in the same folder, synced to disk and then renamed: whatever fails,
-        a file that was there stays whole. Arrays are streamed, in blocks of 4 MiB where they are on a GPU or not
-        contiguous. It waits for the current streams of the arrays' devices.
+        a file that was there stays whole. A process that is killed leaves its temporary file, ``.NAME.RANDOM.tmp``,
+        which the next save to the same path removes, unless another process is writing it. Arrays are streamed,
+        in blocks of 4 MiB where they are on a GPU or not contiguous. It waits for the current streams of the arrays'
+        devices.
 
         Args:
             path: the file.
@@ -248,7 +250,7 @@ class State:
 
         Raises:
             OSError: the file cannot be written.
-            TypeError: something that is no variable.
+            TypeError: something that is no variable; a schedule whose ``get_config`` returns what JSON cannot hold.
             ValueError: a variable given twice, or one with slots left out.
 
         >>> import os, tempfile
@@ -294,8 +296,9 @@ class State:
             RuntimeError: steps have been captured in graphs, which go on with the slots that they have, and the file
                 has others.
             TypeError: a variable of another type, or no variable.
-            ValueError: no checkpoint, a damaged or truncated one, or one of another version; other variables than the
-                file's, or than those this optimizer has slots for.
+            ValueError: no checkpoint, a damaged or truncated one, or one of another version; settings that this
+                optimizer or a schedule's class refuses, with their error as its cause; other variables than the file's,
+                or than those this optimizer has slots for.
 
         >>> import os, tempfile
         >>> from gpurms import RMSprop

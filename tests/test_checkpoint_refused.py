@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpurms import RMSprop, Variable, safetensors_file
+from gpurms import RMSprop, Variable, safetensors_file, schedules
 from tests.checkpoint_support import small
 from tests.support import step, unchanged
 
@@ -64,8 +64,22 @@ def test_a_config_that_is_no_json(path: Path):
         def get_config(self) -> dict[str, Any]:
             return {**super().get_config(), "odd": object()}
 
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(TypeError, match=r"odd cannot be saved as JSON: .* not JSON serializable; .*gives <object"):
         Odd().save(path)
+    assert os.listdir(path.parent) == []
+
+
+def test_a_schedule_that_is_no_json(path: Path):
+    class Own(schedules.LearningRateSchedule):
+        def __call__(self, step: Any) -> float:
+            return 0.5
+
+        def get_config(self) -> dict[str, Any]:
+            return {"rates": np.ones(2)}
+
+    message = "learning_rate cannot be saved as JSON: .*ndarray.*; get_config gives {'class_name': 'Own'"
+    with pytest.raises(TypeError, match=message):
+        RMSprop(Own()).save(path)
     assert os.listdir(path.parent) == []
 
 
@@ -133,8 +147,18 @@ def test_an_unknown_schedule(path: Path):
     file = RMSprop(0.5)
     file.save(path)
     edit(path, lambda state: state["config"].update(learning_rate={"class_name": "Own", "config": {}}))
-    with pytest.raises(ValueError, match="Unknown decay: Own"):
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: .*Unknown decay: Own"):
         RMSprop().load(path)
+
+    class Broken(schedules.LearningRateSchedule):
+        @classmethod
+        def from_config(cls, config: Any) -> Any:
+            return 1 // 0
+
+    opt, variables = small()
+    with unchanged(opt, *variables), pytest.raises(ValueError, match=r"checkpoint\.safetensors: ") as raised:
+        opt.load(path, custom_objects={"Own": Broken})
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
 # --- damaged files ------------------------------------------------------------------------------------------
@@ -214,6 +238,9 @@ TEXTS: dict[str, bytes] = {
     "list as type": b'{"a": {"dtype": [], "shape": [0], "data_offsets": [0, 0]}}',
     "size": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 0]}}',
     "huge": b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 0]}}',
+    "empty and huge": b'{"a": {"dtype": "F32", "shape": [0, 4611686018427387904, 4], "data_offsets": [0, 0]}}',
+    "2**63": b'{"a": {"dtype": "F32", "shape": [0, 9223372036854775808], "data_offsets": [0, 0]}}',
+    "dimensions": b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 0]}}' % b",".join([b"1"] * 65),
     "twice": b'{"__metadata__": {}, "__metadata__": {}}',
     "metadata": b'{"__metadata__": {"format": 1}}',
     "metadata list": b'{"__metadata__": []}',
@@ -224,6 +251,23 @@ TEXTS: dict[str, bytes] = {
 def test_headers_that_are_none(name: str, path: Path):
     path.write_bytes(len(TEXTS[name]).to_bytes(8, "little") + TEXTS[name])
     assert_refused(path, "checkpoint.safetensors: no safetensors file, or a damaged or truncated one: .")
+
+
+HOSTILE: dict[str, bytes] = {  # no stalling, and no messages as long as the file
+    "dimensions": b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 0]}}' % b",".join([b"9" * 4000] * 3000),
+    "digits": b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 0]}}' % b",".join([b"9" * 4000] * 64),
+    "offsets": b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, %s]}}' % (b"9" * 4000),
+    "type": b'{"a": {"dtype": "%s", "shape": [1], "data_offsets": [0, 4]}}' % (b"F" * 100_000),
+    "field": b'{"a": {"%s": 1}}' % (b"F" * 100_000),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers(name: str, path: Path):
+    path.write_bytes(len(HOSTILE[name]).to_bytes(8, "little") + HOSTILE[name])
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: no safetensors file, or a damaged") as raised:
+        RMSprop().load(path)
+    assert len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize("length", [1 << 63, 101, 100_000_001])
@@ -316,9 +360,12 @@ def test_damaged_states(name: str, path: Path):
 def test_bad_settings(path: Path):
     small()[0].save(path)
     edit(path, lambda state: state["config"].update(rho=2.0))
-    assert_refused(path, r"rho must be in \[0, 1\]")
+    assert_refused(path, r"checkpoint.safetensors: settings that cannot be restored: rho must be in \[0, 1\]")
     edit(path, lambda state: state["config"].update(rho=0.5, speed=1))
-    assert_refused(path, "Unexpected keyword argument.*speed", TypeError)
+    assert_refused(path, "checkpoint.safetensors: .*Unexpected keyword argument.*speed")
+    with pytest.raises(ValueError, match="speed") as raised:
+        RMSprop().load(path)
+    assert isinstance(raised.value.__cause__, TypeError)
 
 
 def test_flipped_bits(path: Path):

@@ -169,6 +169,27 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "negative counter": (lambda w, v: ([-1, *w[1:]], v, CONFIG), ValueError, "expected a number of steps; got -1"),
     "counter of a shape": (lambda w, v: ([w[2], *w[1:]], v, CONFIG), ValueError, "expected a number of steps"),
     "no config": (lambda w, v: (w, v, None), TypeError, "config must be a dict"),
+    "function as momentum": (
+        lambda w, v: (w, v, {**CONFIG, "momentum": lambda: 0.5}),
+        TypeError,
+        "momentum must be a real number; got",
+    ),
+    "text as momentum": (
+        lambda w, v: (w, v, {**CONFIG, "momentum": "0.5"}),
+        TypeError,
+        "momentum must be a real number; got '0.5'",
+    ),
+    "negative momentum": (lambda w, v: (w, v, {**CONFIG, "momentum": -1}), ValueError, r"momentum must be in \[0, 1\]"),
+    "text as centered": (
+        lambda w, v: (w, v, {**CONFIG, "centered": "no"}),
+        TypeError,
+        "centered must be True or False; got 'no'",
+    ),
+    "loss scale": (
+        lambda w, v: (w, v, {"name": "scaled", "inner_optimizer": CONFIG, "initial_scale": 4.0}),
+        ValueError,
+        "got one of LossScaleOptimizer: give its inner_optimizer's",
+    ),
     "unknown key": (lambda w, v: (w, v, {**CONFIG, "beta_1": 0.5}), TypeError, "beta_1"),
     "averages": (
         lambda w, v: (w, v, {"momentum": 0.5, "use_ema": True, "is_legacy_optimizer": False}),
@@ -194,6 +215,25 @@ def test_bad_weights(name: str):
 def test_variable_that_was_not_updated():
     with pytest.raises(ValueError, match=r"^variable 0 .*expected slots rms; .*has not updated it yet"):
         to_tf_keras(TENSORFLOW(), variables())
+
+
+@pytest.mark.usefixtures("numpy_engine")
+@pytest.mark.parametrize("name", ["learning_rate", "rho", "momentum", "epsilon", "decay"])
+def test_functions_are_not_exported(name: str, tmp_path: Path):
+    chosen = variables()
+    opt = RMSprop(**{"momentum": 0.5, name: lambda: 0.25})
+    opt.apply_gradients(list(zip(arrays(1), chosen)))
+    message = f"would go on with the present value of what is a function here: {name}; set it to a number first"
+    for legacy in (True, False):
+        with pytest.raises(ValueError, match=message if legacy or name != "decay" else "no decay"):
+            to_tf_keras(opt, chosen, legacy)
+    path = written(tmp_path / "m.weights.h5")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message if name != "decay" else "no decay"):
+        to_keras3(opt, chosen, path)
+    assert path.read_bytes() == before
+    setattr(opt, name, 0.25)
+    assert to_tf_keras(opt, chosen)[1][name] == 0.25
 
 
 # --- files of Keras 3 ---------------------------------------------------------------------------------------

@@ -361,5 +361,12 @@ def half() -> float:
     return 0.5
 
 
+def test_dialects_are_copied_and_pickled_by_name():
+    for dialect in (TENSORFLOW, KERAS3, TORCH, OPTAX, CHAINER, PADDLE, TIMM):
+        assert pickle.loads(pickle.dumps(dialect)) is dialect
+        assert copy.copy(dialect) is dialect
+        assert copy.deepcopy([dialect])[0] is dialect
+
+
 def test_tensorflow_with_callables_can_be_pickled():
     assert pickle.loads(pickle.dumps(TENSORFLOW(half, momentum=half))).learning_rate == 0.5

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gpurms import backend, settings
+from gpurms import backend, hyper, settings
+from gpurms.arguments import flag
+from gpurms.checkpoint import callables
 from gpurms.dialects import Dialect
 from gpurms.kernels.rule import is_bfloat16
 from gpurms.rmsprop import RMSprop
@@ -42,9 +44,10 @@ def entries_of(variables: Iterable[Any]) -> list[Entry]:
     return entries
 
 
-def required_slots(momentum: float, centered: bool) -> list[str]:
-    """Names of the slots in use, in their order among weights."""
-    return [name for name, used in zip(SLOTS, (True, momentum > 0, centered)) if used]
+def required_slots(momentum: Any, centered: Any) -> list[str]:
+    """Names of the slots in use, in their order among weights; TypeError or ValueError unless that can be told."""
+    in_use = (True, hyper.fraction("momentum", momentum) > 0, flag("centered", centered))
+    return [name for name, used in zip(SLOTS, in_use) if used]
 
 
 def numbers(value: Any, where: str) -> Array:
@@ -117,6 +120,11 @@ def narrow(array: Array, dtype: np.dtype[Any]) -> Array:
 
 def require_same_steps(optimizer: RMSprop, dialect: Dialect, arguments: Mapping[str, Any]) -> None:
     """ValueError unless the other library, with these arguments, makes the steps that this optimizer makes."""
+    if found := sorted(callables(optimizer)):
+        raise ValueError(
+            f"{dialect.library} would go on with the present value of what is a function here: {', '.join(found)}; set "
+            "it to a number first"
+        )
     theirs = _effective(_PAGE | settings.DEFAULTS | dialect.options(**arguments))
     ours = _effective({name: getattr(optimizer, name) for name in (*_PAGE, *settings.DEFAULTS)})
     differing = [

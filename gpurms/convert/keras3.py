@@ -2,6 +2,9 @@
 
 Its variables are ``optimizer/vars/0``, ``1``, ...: the counter, the learning rate unless that is a schedule, then all
 velocities, all momenta and all average gradients, as far as they exist.
+
+With the policy ``mixed_float16``, Keras wraps the optimizer in a ``LossScaleOptimizer``. Then ``optimizer/vars/0`` to
+``3`` are that one's own, and those of the optimizer follow; they are in ``optimizer/inner_optimizer/vars`` too.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ _CONFIG = "config.json"
 _WEIGHTS = "model.weights.h5"
 _OPTIMIZER = "optimizer"
 _VARIABLES = "optimizer/vars"
+_INNER_VARIABLES = "optimizer/inner_optimizer/vars"
+_WRAPPER = "LossScaleOptimizer"
+_N_WRAPPER = 4  # variables: a counter and a learning rate that mean nothing, steps since the last change, loss scale
 
 
 def from_keras3(path: Path, variables: Iterable[Any], config: Mapping[str, Any] | None = None) -> RMSprop:
@@ -47,6 +53,11 @@ def from_keras3(path: Path, variables: Iterable[Any], config: Mapping[str, Any] 
         variables: those that stand for the model's trainable variables, in their order.
         config: the optimizer's ``get_config()``, or what ``keras.optimizers.serialize`` made of it; the default None
             is for archives, which contain it. The learning rate is that in the file, unless it is a schedule.
+
+    Of an optimizer that Keras has wrapped in a ``LossScaleOptimizer``, as it does with the policy ``mixed_float16``,
+    this is the inner one; config may be that of either. The gradients it takes are those of the loss itself: to scale
+    the loss, divide the gradients and skip steps whose gradients are not finite is the caller's part, and so is the
+    scale.
 
     Raises:
         ImportError: h5py is not installed.
@@ -69,15 +80,15 @@ def from_keras3(path: Path, variables: Iterable[Any], config: Mapping[str, Any] 
         values = _read(where, where)
     else:
         raise ValueError(f"expected a .weights.h5 file or a .keras archive; got {where}")
-    options = KERAS3.options(**config_of(config))
+    options = KERAS3.options(**config_of(_inner(config)))
     entries = entries_of(variables)
     names = required_slots(options["momentum"], options["centered"])
     n_leading = 1 if isinstance(options["learning_rate"], LearningRateSchedule) else 2
     slots = split(values[n_leading:], entries, names, f"{where}: variables of the optimizer from {n_leading} on")
-    iterations = count(values[0], f"{where}: {_VARIABLES}/0")
+    iterations = count(values[0], f"{where}: counter of the optimizer")
     if n_leading == 2:
         if values[1].shape != ():
-            raise ValueError(f"{where}: expected the learning rate in {_VARIABLES}/1; got shape {values[1].shape}")
+            raise ValueError(f"{where}: expected the learning rate behind the counter; got shape {values[1].shape}")
         options["learning_rate"] = float(values[1])
     return restore(options, entries, slots, iterations)
 
@@ -88,8 +99,12 @@ def to_keras3(optimizer: RMSprop, variables: Iterable[Any], path: Path) -> dict[
     ``model.load_weights`` reads state of optimizers only together with the weights of the model. So the file is one
     that ``model.save_weights`` has written; in it, state of an optimizer is replaced or added, and nothing else
     changes. The model that loads it has been compiled with ``keras.optimizers.RMSprop.from_config`` of what this
-    returns, and that optimizer built with ``optimizer.build(model.trainable_variables)``. Whatever fails, the file
-    stays as it was.
+    returns, and ``model.optimizer`` built with ``model.optimizer.build(model.trainable_variables)``. Whatever fails,
+    the file stays as it was.
+
+    Where the file has state of a ``LossScaleOptimizer``, which wraps the optimizer of a compiled model with the policy
+    ``mixed_float16``, its loss scale stays, and the inner optimizer is replaced. Such a model finds no state in a file
+    without one.
 
     Args:
         optimizer: one with the steps of Keras 3, see ``dialects.KERAS3``.
@@ -127,9 +142,23 @@ def to_keras3(optimizer: RMSprop, variables: Iterable[Any], path: Path) -> dict[
             raise ValueError(f"{where}: expected the weights of a model, which model.save_weights writes")
     with open(where, "rb") as source, replacing(where) as target:
         shutil.copyfileobj(source, target)
-        target.flush()
-        with h5py.File(target.name, "r+") as file:
-            _write(file, values, optimizer.name)
+        with h5py.File(target, "r+") as file:
+            if _INNER_VARIABLES in file:
+                wrapper = _arrays(file, _VARIABLES, where)[:_N_WRAPPER]
+                _write(file, _VARIABLES, [*wrapper, *values], _WRAPPER)
+                _write(file, _INNER_VARIABLES, values, optimizer.name)
+            else:
+                _write(file, _VARIABLES, values, optimizer.name)
+    return config
+
+
+def _inner(config: Any) -> Any:
+    """The configuration of the optimizer in one of a ``LossScaleOptimizer``; any other as it is."""
+    if isinstance(config, Mapping):
+        if config.get("class_name") == _WRAPPER and isinstance(config.get("config"), Mapping):
+            config = config["config"]
+        if "inner_optimizer" in config:
+            return config["inner_optimizer"]
     return config
 
 
@@ -146,12 +175,18 @@ def _read(file: Any, where: str) -> list[Array]:
     import h5py
 
     with h5py.File(file, "r") as opened:
-        group = opened.get(_VARIABLES)
-        if not isinstance(group, h5py.Group) or not len(group):
-            raise ValueError(f"{where} holds no state of an optimizer: the model was not compiled when it was saved")
-        if set(group) != {str(i) for i in range(len(group))}:
-            raise ValueError(f"{where}: expected {_VARIABLES} to count from 0; got {sorted(group)}")
-        return [_array(group[str(i)]) for i in range(len(group))]
+        return _arrays(opened, _INNER_VARIABLES if _INNER_VARIABLES in opened else _VARIABLES, where)
+
+
+def _arrays(file: Any, path: str, where: str) -> list[Array]:
+    import h5py
+
+    group = file.get(path)
+    if not isinstance(group, h5py.Group) or not len(group):
+        raise ValueError(f"{where} holds no state of an optimizer: the model was not compiled when it was saved")
+    if set(group) != {str(i) for i in range(len(group))}:
+        raise ValueError(f"{where}: expected {path} to count from 0; got {sorted(group)}")
+    return [_array(group[str(i)]) for i in range(len(group))]
 
 
 def _array(dataset: Any) -> Array:
@@ -163,16 +198,16 @@ def _array(dataset: Any) -> Array:
     return np.asarray(bits.view(np.float32))
 
 
-def _write(file: Any, values: list[Any], name: str) -> None:
+def _write(file: Any, path: str, values: list[Any], name: str) -> None:
     """In place where the file has variables of these shapes, which keeps their types; else anew."""
-    group = file.get(_VARIABLES)
+    group = file.get(path)
     fits = group is not None and {key: dataset.shape for key, dataset in group.items()} == {
         str(i): np.shape(value) for i, value in enumerate(values)
     }
     if not fits or any("dtype" in dataset.attrs for dataset in group.values()):
-        if _OPTIMIZER in file:
-            del file[_OPTIMIZER]
-        group = file.create_group(_VARIABLES)
+        if path in file:
+            del file[path]
+        group = file.create_group(path)
         group.attrs["name"] = name
         for i, value in enumerate(values):
             group.create_dataset(str(i), data=value)

@@ -54,7 +54,7 @@ def from_optax(state: Sequence[Any], variables: Any, *args: Any, **kwargs: Any) 
         raise ValueError(f"with these arguments optax.rmsprop has the state {expected}; got {got}")
     scale, rate, trace = state
     leaves = {"rms": scale.nu}
-    if has_trace and options["momentum"] > 0:
+    if "momentum" in required_slots(options["momentum"], options["centered"]):
         leaves["momentum"] = jax.tree.map(lambda leaf: -leaf, trace.trace)  # which holds steps to be added
     if options["centered"]:
         leaves["mg"] = scale.mu

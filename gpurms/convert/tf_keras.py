@@ -92,8 +92,10 @@ def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"config must be a dict; got {config!r:.80}")
     if "class_name" in config and "config" in config:
         if config["class_name"].rpartition(">")[2] != "RMSprop":
-            raise ValueError(f"expected the config of an RMSprop; got one of {config['class_name']}")
+            raise ValueError(f"expected the config of an RMSprop; got one of {config['class_name']!s:.80}")
         config = config["config"]
+    if "inner_optimizer" in config:
+        raise ValueError("expected the config of an RMSprop; got one of LossScaleOptimizer: give its inner_optimizer's")
     return dict(config)
 
 

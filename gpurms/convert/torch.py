@@ -23,8 +23,9 @@ from gpurms.rmsprop import RMSprop
 _BUFFERS = {"rms": "square_avg", "momentum": "momentum_buffer", "mg": "grad_avg"}
 _OWN_OPTIONS = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay")
 """What groups of ``gpurms.torch.RMSprop`` have besides."""
-_NO_OPTIONS = ("params", "param_names", "initial_lr")
-"""Keys of a parameter group that are no arguments; ``initial_lr`` is a note of torch's LR schedulers."""
+_SCHEDULERS_NOTES = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+_NO_OPTIONS = ("params", "param_names", *_SCHEDULERS_NOTES)
+"""Keys of a parameter group that are no arguments: torch's LR schedulers keep numbers of their own there."""
 
 
 def from_torch(state_dict: Mapping[str, Any], variables: Iterable[Any]) -> RMSprop:

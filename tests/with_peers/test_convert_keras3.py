@@ -1,5 +1,6 @@
 """Files of Keras 3, there and back."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,96 @@ def test_schedule(tmp_path: Path):
     ours = peers.Comparison(opt, variables)
     ours.run(theirs, problem.grads[10:20])
 
+    theirs.model.set_weights(variables)
     theirs.model.save_weights(path)
     config = to_keras3(opt, variables, path)
     again = Model(variables, keras.optimizers.RMSprop.from_config(config))
     again.model.load_weights(path)
     ours.restart().run(again, problem.grads[20:])
+
+
+@pytest.fixture
+def mixed_float16() -> Iterator[None]:
+    keras.config.set_dtype_policy("mixed_float16")
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+class Mixed(peers.Keras3):
+    """A model that Keras compiles with a loss scale of 64, and whose gradients come scaled."""
+
+    def __init__(self, start: list[np.ndarray], optimizer: Any) -> None:
+        layers = [keras.layers.Dense(2), keras.layers.Dense(1)]
+        self.model = keras.Sequential([keras.layers.Input((3,)), *layers])
+        self.model.compile(optimizer, loss="mse")
+        self.model.set_weights(start)
+        self.optimizer = self.model.optimizer
+        self.variables = self.model.trainable_variables
+        self.optimizer.initial_scale = 64.0
+        self.optimizer.build(self.variables)
+
+    def step(self, grads: list[np.ndarray]) -> None:
+        scale = float(self.optimizer.dynamic_scale)
+        super().step([np.asarray(grad * scale, np.float32) for grad in grads])
+
+
+@pytest.mark.usefixtures("mixed_float16")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_loss_scale(tmp_path: Path, options: dict[str, Any]):
+    """Keras wraps the optimizer with this policy; steps that it skips do not count."""
+    path = tmp_path / "model.weights.h5"
+    problem = peers.Problem(np.float32, 30, SHAPES)
+    theirs = Mixed(problem.start, keras.optimizers.RMSprop(**options))
+    assert type(theirs.optimizer) is keras.optimizers.LossScaleOptimizer
+    for grads in problem.grads[:10]:
+        theirs.step(grads)
+    theirs.step([np.full_like(grad, np.inf) for grad in problem.grads[0]])
+    assert float(theirs.optimizer.dynamic_scale) == 32
+    theirs.model.save_weights(path)
+    theirs.model.save(tmp_path / "model.keras")
+    config = theirs.optimizer.get_config()
+    variables = theirs.values()
+    opt = from_keras3(path, variables, config)
+    assert opt.iterations.numpy() == 10
+    for source, given in (
+        (path, keras.optimizers.serialize(theirs.optimizer)),
+        (path, theirs.optimizer.inner_optimizer.get_config()),
+        (tmp_path / "model.keras", None),
+        (tmp_path / "model.keras", config),
+    ):
+        same = from_keras3(source, theirs.values(), given)
+        assert same.get_config() == opt.get_config()
+        assert [w.tolist() for w in same.get_weights()] == [w.tolist() for w in opt.get_weights()]
+    ours = peers.Comparison(opt, variables)
+    ours.run(theirs, problem.grads[10:20])
+
+    theirs.step([np.full_like(grad, np.nan) for grad in problem.grads[0]])
+    theirs.model.set_weights(variables)
+    theirs.model.save_weights(path)
+    opt.iterations.assign(200)
+    config = to_keras3(opt, variables, path)
+    again = Mixed(problem.start, keras.optimizers.RMSprop.from_config(config))
+    again.model.load_weights(path)
+    assert float(again.optimizer.dynamic_scale) == 16
+    assert int(again.optimizer.iterations) == 200
+    ours.restart().run(again, problem.grads[20:])
+
+
+@pytest.mark.usefixtures("mixed_float16")
+def test_archive_with_a_loss_scale_of_the_callers(tmp_path: Path):
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop(0.5), initial_scale=64.0)
+    theirs = Mixed(peers.Problem(np.float32, 1, SHAPES).start, optimizer)
+    theirs.model.save(tmp_path / "model.keras")
+    assert from_keras3(tmp_path / "model.keras", theirs.values()).learning_rate == 0.5
+
+
+@pytest.mark.usefixtures("mixed_float16")
+def test_loss_scale_of_another_optimizer(tmp_path: Path):
+    theirs = Mixed(peers.Problem(np.float32, 1, SHAPES).start, keras.optimizers.Adam(0.5))
+    theirs.model.save_weights(tmp_path / "model.weights.h5")
+    for config in (theirs.optimizer.get_config(), keras.optimizers.serialize(theirs.optimizer)):
+        with pytest.raises(ValueError, match="config of an RMSprop; got one of Adam"):
+            from_keras3(tmp_path / "model.weights.h5", theirs.values(), config)
 
 
 def test_learning_rate_is_that_in_the_file(tmp_path: Path):

@@ -131,6 +131,7 @@ def test_settings_that_optax_does_not_have():
         ({"weight_decay": 0.5}, "weight_decay is 0.5 here, None there"),
         ({"momentum": 0.5, "lr_in_momentum": False}, "lr_in_momentum is False here, True there"),
         ({"maximize": True}, "maximize is True here, False there"),
+        ({"learning_rate": lambda: 0.5, "momentum": lambda: 0.5}, "function here: learning_rate, momentum; set"),
     ):
         with pytest.raises(ValueError, match=message):
             to_optax(RMSprop(**options), [])

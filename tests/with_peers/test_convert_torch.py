@@ -146,6 +146,38 @@ def test_learning_rate_of_a_scheduler():
     assert from_torch(optimizer.state_dict(), [np.ones(2, np.float32)]).learning_rate == 0.25
 
 
+SCHEDULERS: dict[str, tuple[Any, set[str]]] = {
+    "OneCycleLR": (
+        lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.5, total_steps=20),
+        {"max_lr", "min_lr", "base_momentum", "max_momentum"},
+    ),
+    "CyclicLR": (
+        lambda opt: torch.optim.lr_scheduler.CyclicLR(opt, base_lr=0.1, max_lr=0.5, step_size_up=4),
+        {"base_momentum", "max_momentum"},
+    ),
+    "SWALR": (lambda opt: torch.optim.swa_utils.SWALR(opt, swa_lr=0.05), {"swa_lr"}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_notes_of_schedulers(name: str):
+    """Rate and momentum of the moment are taken over, and what the scheduler keeps in the groups is left alone."""
+    make, notes = SCHEDULERS[name]
+    problem = peers.Problem(np.float64, 10)
+    theirs = peers.Torch(problem.start, lr=0.1, momentum=0.9)
+    scheduler = make(theirs.optimizer)
+    for grads in problem.grads[:5]:
+        theirs.step(grads)
+        scheduler.step()
+    [group] = theirs.optimizer.state_dict()["param_groups"]
+    assert notes | {"initial_lr"} <= group.keys()
+    variables = theirs.values()
+    opt = from_torch(theirs.optimizer.state_dict(), variables)
+    assert (opt.learning_rate, opt.momentum) == (group["lr"], group["momentum"])
+    assert opt.learning_rate != 0.1
+    peers.Comparison(opt, variables).run(theirs, problem.grads[5:])
+
+
 def broken(change: Any) -> dict[str, Any]:
     state_dict = copy.deepcopy(state_dict_of(momentum=0.5)[0])
     change(state_dict)
@@ -195,10 +227,14 @@ FOREIGN: list[tuple[dict[str, Any], str]] = [
     ({"eps_in_sqrt": False, "clipnorm": 1.0}, "clipnorm is 1.0 here, None there"),
     ({"eps_in_sqrt": False, "decay": 0.5}, "decay is 0.5 here, 0.0 there"),
     ({"eps_in_sqrt": False, "learning_rate": schedules.CosineDecay(0.1, 5)}, "set optimizer.learning_rate to the rate"),
+    (
+        {"eps_in_sqrt": False, "rho": lambda: 0.5, "learning_rate": lambda: 0.1},
+        "function here: learning_rate, rho; set",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), FOREIGN, ids=str)
+@pytest.mark.parametrize(("options", "message"), FOREIGN, ids=[message for _, message in FOREIGN])
 def test_settings_that_torch_does_not_have(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         to_torch(RMSprop(**options), [])

@@ -152,7 +152,7 @@ CONSTRUCTORS = [
 ]
 
 
-@pytest.mark.parametrize(("dialect", "constructor", "others"), CONSTRUCTORS, ids=lambda x: repr(x)[:40])
+@pytest.mark.parametrize(("dialect", "constructor", "others"), CONSTRUCTORS, ids=["torch", "keras3", "optax"])
 def test_arguments_are_the_constructors(dialect: dialects.Dialect, constructor: Any, others: set[str]):
     theirs = [(p.name, p.default) for p in inspect.signature(constructor).parameters.values() if p.name not in others]
     assert [(p.name, p.default) for p in inspect.signature(dialect).parameters.values()] == theirs

@@ -48,9 +48,12 @@ class Members:
             if var.numel() and not var.data_ptr():
                 raise RuntimeError(f"a parameter: a {type(var).__name__} has no memory of its own")
         self.parameters, self.steps, self.flags = parameters, steps, flags
-        self._own = own
-        written = [*own, *(slot for of_name in slots for slot in of_name)]
-        self._looks, self._addresses = Looks(written), addresses(written)
+        self.steps_by_device: dict[torch.device, list[Tensor]] = {}
+        for each in steps:
+            self.steps_by_device.setdefault(each.device, []).append(each)
+        self._own, self._looks = own, Looks(own)
+        self._slots = [slot for of_name in slots for slot in of_name]
+        self._addresses = addresses([*own, *self._slots])
         self._arrays = list(zip(own, *slots))
         self._memory = Memory(self._arrays)
         self._is_flat = [
@@ -70,15 +73,16 @@ class Members:
         steps: list[Tensor],
         flags: Flags,
     ) -> bool:
-        """Whether these are still they, where they were."""
+        """Whether these are still they, where they were. A slot that is the same tensor there looks the same."""
         if len(parameters) != len(self.parameters) or not all(map(is_, parameters, self.parameters)):
             return False
-        written = [*own, *(slot for of_name in slots for slot in of_name)]
+        found = [slot for of_name in slots for slot in of_name]
         return (
             flags == self.flags
             and all(map(is_, steps, self.steps))
-            and bool((addresses(written) == self._addresses).all())
-            and self._looks.fit(written)
+            and all(map(is_, found, self._slots))
+            and bool((addresses([*own, *found]) == self._addresses).all())
+            and self._looks.fit(own)
         )
 
     def plan(self, grads: Sequence[Tensor], now: Step, factors: Factors) -> list[Launch]:

@@ -215,7 +215,7 @@ class RMSprop(Optimizer):
             ]
             for each in prepared:
                 each.apply(self.state)
-            scale.count_step([step for each in prepared for step in each.members.steps])
+            scale.count_step([each.members.steps_by_device for each in prepared])
             torch.autograd.graph.increment_version(members)
             if capturing:
                 self._captured.append(prepared)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,14 +69,12 @@ class LossScale(NamedTuple):
         flag = self.found_inf.to(torch.float32).reshape(1)
         return {device: array(flag.to(torch.device("cuda", device), non_blocking=True)) for device in devices}
 
-    def count_step(self, steps: Sequence[Tensor]) -> None:
-        """Add 1 to each, on a GPU that leaves out the step 0."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for each in steps:
-            by_device.setdefault(each.device, []).append(each)
-        for device, some in by_device.items():
+    def count_step(self, steps: Sequence[Mapping[torch.device, list[Tensor]]]) -> None:
+        """Add 1 to each of these, by device; on a GPU that leaves out the step 0."""
+        for device in {device for by_device in steps for device in by_device}:
             if device.type == "cuda" and isinstance(self.found_inf, Tensor) and self.found_inf.is_cuda:
                 one = (self.found_inf.reshape(()) == 0).to(device, torch.float32, non_blocking=True)
             else:
                 one = torch.ones((), device=device)
+            some = [step for by_device in steps for step in by_device.get(device, ())]
             torch._foreach_add_(some, one, alpha=1.0)

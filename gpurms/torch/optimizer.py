@@ -199,8 +199,8 @@ class RMSprop(Optimizer):
                 loss = closure()
         scale = LossScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         groups = []
-        for place in range(len(self.param_groups), len(self._steps)):
-            self._steps.pop(place, None)  # of a group that has been removed
+        for place in [place for place in self._steps if place >= len(self.param_groups)]:
+            del self._steps[place]  # of a group that has been removed
         for place, group in enumerate(self.param_groups):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:

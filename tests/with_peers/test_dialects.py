@@ -8,6 +8,7 @@ import pytest
 
 from gpurms import dialects
 from gpurms.dialects import KERAS3, OPTAX, TENSORFLOW, TORCH
+from tests.test_dialects import without_addresses
 from tests.with_peers import peers
 
 pytestmark = pytest.mark.usefixtures("numpy_engine")
@@ -82,7 +83,9 @@ CASES: dict[str, tuple[dialects.Dialect, Any, list[dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("dtype", peers.DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize(
-    ("name", "arguments"), [(name, arguments) for name, (*_, some) in CASES.items() for arguments in some], ids=str
+    ("name", "arguments"),
+    [(name, arguments) for name, (*_, some) in CASES.items() for arguments in some],
+    ids=without_addresses,
 )
 def test_steps(name: str, arguments: dict[str, Any], dtype: Any):
     dialect, library, _ = CASES[name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,18 +30,24 @@ KEPT = 4
 _layout = attrgetter("layout")
 
 
-class Members:
-    """Parameters, and of each what this rank holds of it and of its slots; ``steps`` count their steps."""
+class Parts(NamedTuple):
+    """Parameters, what this rank holds of them and of their slots (by name, then by parameter), and counts of steps."""
 
-    def __init__(
-        self,
-        parameters: list[Tensor],
-        own: Sequence[Tensor],
-        slots: list[Sequence[Tensor]],
-        steps: list[Tensor],
-        flags: Flags,
-    ) -> None:
-        """``slots``: by name of the slot, then by parameter."""
+    parameters: list[Tensor]
+    own: Sequence[Tensor]
+    slots: list[Sequence[Tensor]]
+    steps: list[Tensor]
+
+    def flat_slots(self) -> list[Tensor]:
+        """All slots in one list."""
+        return [slot for of_name in self.slots for slot in of_name]
+
+
+class Members:
+    """The parameters of a step, for as long as they and their slots stay where they are."""
+
+    def __init__(self, parts: Parts, flags: Flags) -> None:
+        parameters, own, slots, steps = parts
         for var in own:
             if tensors.overlaps_itself(var):
                 raise RuntimeError(f"a parameter of shape {tuple(var.shape)}: several of its elements share memory")
@@ -52,7 +58,7 @@ class Members:
         for each in steps:
             self.steps_by_device.setdefault(each.device, []).append(each)
         self._own, self._looks = own, Looks(own)
-        self._slots = [slot for of_name in slots for slot in of_name]
+        self._slots = parts.flat_slots()
         self._addresses = addresses([*own, *self._slots])
         self._arrays = list(zip(own, *slots))
         self._memory = Memory(self._arrays)
@@ -65,24 +71,17 @@ class Members:
         self._updates: dict[tuple[int, Any], Update] = {}
         self._direct: dict[tuple[torch.layout, ...], _Direct] = {}  # by the layouts of all gradients
 
-    def fit(
-        self,
-        parameters: list[Tensor],
-        own: Sequence[Tensor],
-        slots: list[Sequence[Tensor]],
-        steps: list[Tensor],
-        flags: Flags,
-    ) -> bool:
+    def fit(self, parts: Parts, flags: Flags) -> bool:
         """Whether these are still they, where they were. A slot that is the same tensor there looks the same."""
-        if len(parameters) != len(self.parameters) or not all(map(is_, parameters, self.parameters)):
+        if len(parts.parameters) != len(self.parameters) or not all(map(is_, parts.parameters, self.parameters)):
             return False
-        found = [slot for of_name in slots for slot in of_name]
+        slots = parts.flat_slots()
         return (
             flags == self.flags
-            and all(map(is_, steps, self.steps))
-            and all(map(is_, found, self._slots))
-            and bool((addresses([*own, *found]) == self._addresses).all())
-            and self._looks.fit(own)
+            and all(map(is_, parts.steps, self.steps))
+            and all(map(is_, slots, self._slots))
+            and bool((addresses([*parts.own, *slots]) == self._addresses).all())
+            and self._looks.fit(parts.own)
         )
 
     def plan(self, grads: Sequence[Tensor], now: Step, factors: Factors) -> list[Launch]:

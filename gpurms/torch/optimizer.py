@@ -222,5 +222,5 @@ class RMSprop(Optimizer):
         return loss
 
 
-_step_outside_of_graphs = torch._disable_dynamo(RMSprop._step)  # type: ignore[attr-defined]
+_step_outside_of_graphs = torch._disable_dynamo(RMSprop._step)  # type: ignore[attr-defined]  # private
 """For ``torch.compile``, whose graphs know no addresses; ``torch.compiler.disable`` would import all of Dynamo here."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from gpurms import backend
 from gpurms.kernels.rule import SCALARS, Flags, Step
 from gpurms.torch import state, tensors
-from gpurms.torch.members import KEPT, Launch, Members
+from gpurms.torch.members import KEPT, Launch, Members, Parts
 from gpurms.torch.scaling import LossScale
 from gpurms.torch.state import State
 from gpurms.torch.tensors import TYPES, array, array_type
@@ -72,19 +72,20 @@ class GroupStep:
     ) -> tuple[Members, dict[Tensor, State]]:
         """The parameters with their slots, and what the state of each lacks."""
         names = state.slot_names(flags)
-        slots, steps = _slots(parameters, states, names)
-        if slots is not None:
+        parts = _parts(parameters, own, states, names)
+        if parts is not None:
             for known in self._known:
-                if known.fit(parameters, own, slots, steps, flags):
+                if known.fit(parts, flags):
                     return known, {}
-        if capturing and (slots is None or list(map(_device, steps)) != list(map(_device, own))):
+        if capturing and (parts is None or list(map(_device, parts.steps)) != list(map(_device, own))):
             raise RuntimeError(FIRST_STEP)
         added = {each: state.missing(each, states.get(each), names) for each in parameters}
         if capturing and any(added.values()):
             raise RuntimeError(FIRST_STEP)
         merged = {each: {**states.get(each, {}), **new} for each, new in added.items()}
-        slots, steps = _slots(parameters, merged, names)
-        members = Members(parameters, own, slots, steps, flags)
+        parts = _parts(parameters, own, merged, names)
+        assert parts is not None
+        members = Members(parts, flags)
         # What is no longer where it was would be kept alive for nothing.
         self._known = [members, *(each for each in self._known if _is_up_to_date(each, states))][:KEPT]
         return members, added
@@ -102,26 +103,25 @@ class GroupStep:
         return {(device, array_type(compute)): array(place) for (device, compute), place in self._live.items()}
 
 
-def _slots(parameters: Sequence[Tensor], states: Mapping[Tensor, State], names: Sequence[str]) -> Any:
-    """This rank's part of the slots, by name, then by parameter, and the counts of steps; None, None if one is missing.
-
-    Nor if one is no tensor.
-    """
+def _parts(
+    parameters: list[Tensor], own: Sequence[Tensor], states: Mapping[Tensor, State], names: Sequence[str]
+) -> Parts | None:
+    """The parameters with their slots and counts; None if one of these is missing or no tensor."""
     found: Any = [states.get(each) for each in parameters]
     try:
         slots = [[each[name] for each in found] for name in names]
         steps = [each["step"] for each in found]
     except (KeyError, TypeError):
-        return None, None
+        return None
     if not all(issubclass(kind, Tensor) for some in (*slots, steps) for kind in set(map(type, some))):
-        return None, None
-    return list(map(tensors.local, slots)), steps
+        return None
+    return Parts(parameters, own, list(map(tensors.local, slots)), steps)
 
 
 def _is_up_to_date(members: Members, states: States) -> bool:
-    slots, steps = _slots(members.parameters, states, state.slot_names(members.flags))
     own = tensors.local(members.parameters)
-    return slots is not None and members.fit(members.parameters, own, slots, steps, members.flags)
+    parts = _parts(members.parameters, own, states, state.slot_names(members.flags))
+    return parts is not None and members.fit(parts, members.flags)
 
 
 def _send(live: Mapping[Any, Any], places: Mapping[Any, Tensor], now: Step, group: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from io import BufferedRandom
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # None stands for a module that is missing
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Dialect:
     """
 
     def __init__(self, library: str, translate: Callable[..., dict[str, Any]]) -> None:
-        self.library = library
+        self.source = library
         self._translate = translate
         self.__name__ = translate.__name__
         self.__doc__ = translate.__doc__
@@ -63,7 +63,7 @@ class Dialect:
             self.__signature__.bind(*args, **kwargs)
         except TypeError as error:
             names = ", ".join(self.__signature__.parameters)
-            raise TypeError(f"{self.library}: {error}; its arguments here are {names}") from None
+            raise TypeError(f"{self.source}: {error}; its arguments here are {names}") from None
         return self._translate(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> RMSprop:

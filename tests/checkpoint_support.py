@@ -26,7 +26,7 @@ class Run:
     """An optimizer and its variables on one library; the first variable is a plain array."""
 
     def __init__(self, library: Engine, opt: RMSprop, seed: int = 0) -> None:
-        self.library = library
+        self.engine = library
         self.opt = opt
         normal = np.random.default_rng(seed).standard_normal
         arrays = [library.put(LAYOUTS[layout](normal(shape).astype(dtype))) for shape, dtype, layout in KINDS]
@@ -38,7 +38,7 @@ class Run:
         grads: list[Any] = [(rng.integers(-24, 25, shape) / 8).astype(dtype) for shape, dtype, _ in KINDS]
         grads[1] = np.asarray(grads[1])
         grads[-1] = IndexedSlices(grads[-1], rng.integers(0, 6, 6))
-        pairs = list(zip(map(self.library.put, grads), self.variables))
+        pairs = list(zip(map(self.engine.put, grads), self.variables))
         self.opt.apply_gradients(pairs[::-1] if number % 2 else pairs[:3] + pairs[4:])
 
     def steps(self, start: int, stop: int) -> "Run":

@@ -203,7 +203,7 @@ def test_unknown_argument(dialect: dialects.Dialect):
     with pytest.raises(TypeError) as caught:
         dialect(**REQUIRED.get(dialect, {}), beta=0.9)
     message = str(caught.value)
-    assert message.startswith(dialect.library)
+    assert message.startswith(dialect.source)
     assert "'beta'" in message
     for name in inspect.signature(dialect).parameters:
         assert name in message
@@ -211,7 +211,7 @@ def test_unknown_argument(dialect: dialects.Dialect):
 
 @pytest.mark.parametrize("dialect", [OPTAX, PADDLE], ids=repr)
 def test_missing_argument(dialect: dialects.Dialect):
-    with pytest.raises(TypeError, match=f"{dialect.library}.*learning_rate"):
+    with pytest.raises(TypeError, match=f"{dialect.source}.*learning_rate"):
         dialect.options()
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from bench.answer import Answer, Goal
-from bench.measure import Missing, Race, Step
+from bench.measure import Missing, Race, Ready, Step, always
 from bench.torch.contestants import FOREACH, GPURMS, fresh, optimizer, parameters
 
 COMPILED = "torch.compile"
@@ -36,13 +35,13 @@ def run(quick: bool) -> Answer:
     return answer
 
 
-def _ready(name: str, sizes: list[int]) -> Callable[[], Step]:
+def _ready(name: str, sizes: list[int]) -> Ready:
     if not torch.cuda.is_available():
         raise Missing(NO_GPU)
     if name == COMPILED:
         of = parameters(sizes, "cuda")
         step: Any = torch.compile(optimizer(FOREACH, of).step)
-        taken: Callable[[], Step] = lambda: step  # noqa: E731
+        taken = always(step)
     else:
         taken = fresh(name, parameters(sizes, "cuda"))
 

@@ -122,7 +122,7 @@ def require_same_steps(optimizer: RMSprop, dialect: Dialect, arguments: Mapping[
     """ValueError unless the other library, with these arguments, makes the steps that this optimizer makes."""
     if found := sorted(callables(optimizer)):
         raise ValueError(
-            f"{dialect.library} would go on with the present value of what is a function here: {', '.join(found)}; set "
+            f"{dialect.source} would go on with the present value of what is a function here: {', '.join(found)}; set "
             "it to a number first"
         )
     theirs = _effective(_PAGE | settings.DEFAULTS | dialect.options(**arguments))
@@ -133,7 +133,7 @@ def require_same_steps(optimizer: RMSprop, dialect: Dialect, arguments: Mapping[
         if not _same(ours[name], theirs[name])
     ]
     if differing:
-        raise ValueError(f"{dialect.library} cannot go on as this optimizer does: {'; '.join(sorted(differing))}")
+        raise ValueError(f"{dialect.source} cannot go on as this optimizer does: {'; '.join(sorted(differing))}")
 
 
 def _effective(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,6 @@ def to_optax(optimizer: RMSprop, variables: Any) -> tuple[tuple[Any, ...], dict[
 def _jax_array(array: Array, dtype: Any) -> Any:
     import jax
 
-    if dtype.itemsize == 8 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+    if dtype.itemsize == 8 and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # made at run time
         raise ValueError('float64 slots need jax.config.update("jax_enable_x64", True)')
     return jax.numpy.asarray(array, dtype)

@@ -80,7 +80,7 @@ def to_torch(optimizer: RMSprop, variables: Iterable[Any]) -> dict[str, Any]:
     import torch
 
     arguments = {
-        "lr": rate_of_now(optimizer, TORCH.library),
+        "lr": rate_of_now(optimizer, TORCH.source),
         "momentum": optimizer.momentum,
         "alpha": optimizer.rho,
         "eps": optimizer.epsilon,
